@@ -1,0 +1,405 @@
+"""The loop: draft, verify, commit, until every row is done; compiled once, shapes static throughout."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from . import sampling as sampling_lib
+from . import verifiers
+from .drafters import block_positions
+from .types import (
+    Decoder,
+    DecodeState,
+    Draft,
+    Drafter,
+    Generation,
+    LanguageModel,
+    Params,
+    Sampling,
+    Statistics,
+    StepInfo,
+    Verdict,
+    Verifier,
+)
+
+
+def speculative(
+    target: LanguageModel,
+    drafter: Drafter,
+    verifier: Verifier = verifiers.rejection_sampling,
+    *,
+    max_len: int,
+    eos_id: int | Sequence[int] | None = None,
+    pad_id: int = 0,
+) -> Decoder:
+    """Speculative decoding of `target` with tokens proposed by `drafter`.
+
+    With a lossless verifier every row's text has exactly the law that plain sampling from the target
+    has; greedy rows get the target's argmax at every place. In float32 greedy output equals that of
+    `no_drafter()` token for token, except where the target's two largest logits are within rounding of
+    each other (a pass over K + 1 tokens rounds differently from one over a single token).
+
+    Arguments of this function are static; arguments of the returned functions are traced. Only shapes
+    compile anew: batch size, padded prompt length (prefill alone), `max_len`, K. Pad prompts to a few
+    lengths of your choice.
+
+    Args:
+      target: the model whose law the output has.
+      drafter: who proposes; `no_drafter()` is plain decoding.
+      verifier: who decides.
+      max_len: length L of the token buffer, prompt included.
+      eos_id: token id, or ids, that end a row; the row keeps the id and nothing after it.
+      pad_id: fills the buffer beyond a row's length.
+
+    Returns:
+      A `Decoder`. Its `generate(params, prompts, prompt_lengths, key, *, sampling, max_new_tokens)` takes
+      `params` as a dict by role (`{"target": ..., "draft": ...}`); prompts `[B, P]` padded on the right;
+      lengths `[B]` or None if no row is padded; one key, or `[B]` keys, one per row, so that a row's
+      text depends on its own key, prompt and settings alone; sampling fields and `max_new_tokens` scalar
+      or `[B]`. It stops a row at `eos_id`, after `max_new_tokens`, or when the buffer is full.
+
+    Raises:
+      ValueError: here or in the returned functions, before anything is traced, naming the argument,
+        what came and what was wanted.
+
+    References:
+      Leviathan et al., 2022, https://arxiv.org/abs/2211.17192.
+
+    >>> import jax, jaxsd
+    >>> from jaxsd import testing
+    >>> model = testing.MarkovModel(vocab_size=4)
+    >>> params = {"target": model.init(jax.random.key(0)), "draft": model.init(jax.random.key(1))}
+    >>> decoder = jaxsd.speculative(model, jaxsd.model_drafter(model, num_tokens=3), max_len=12)
+    >>> out = decoder.generate(params, [[1, 2]], None, jax.random.key(2), max_new_tokens=6)
+    >>> out.tokens.shape, int(out.lengths[0])
+    ((1, 12), 8)
+    """
+    _check_integer("max_len", max_len, 1)
+    _check_integer("pad_id", pad_id, 0)
+    eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    for one in eos_ids:
+        _check_integer("eos_id", one, 0)
+    num_tokens = drafter.num_tokens
+
+    def init(
+        params: Params,
+        prompts: ArrayLike,
+        prompt_lengths: ArrayLike | None,
+        key: Array,
+        *,
+        sampling: Sampling = Sampling(),
+        max_new_tokens: ArrayLike | None = None,
+    ) -> DecodeState:
+        _check_params(params, drafter)
+        request = _checked_request(prompts, prompt_lengths, key, sampling, max_new_tokens, max_len)
+        return prefill(params, *request)
+
+    def prefill(
+        params: Params, prompts: Array, lengths: Array, key: Array, sampling: Sampling, new: Array
+    ) -> DecodeState:
+        """Allocates every buffer at its final size and reads the prompts, in one pass per model."""
+        batch_size, width = prompts.shape
+        inside = jnp.arange(width)[None, :] < lengths[:, None]
+        tokens = jnp.full((batch_size, max_len), pad_id, jnp.int32)
+        tokens = tokens.at[:, :width].set(jnp.where(inside, prompts, pad_id))
+        # A block may begin at the last place of the buffer: K more slots keep every write in range.
+        cache = target.init_cache(batch_size, max_len + num_tokens)
+        # The logits are not used, so the compiler drops the vocabulary projection.
+        _, cache = target.apply(
+            params["target"], tokens[:, :width], block_positions(prompts, lengths), cache
+        )
+        state = drafter.init(params, batch_size, max_len)
+        # Lengths are at least 1, so neither sum can wrap, however large the limit that was asked for.
+        limits = lengths + jnp.minimum(new, max_len - lengths)
+        zeros = jnp.zeros((batch_size,), jnp.int32)
+        return DecodeState(
+            tokens=tokens,
+            lengths=lengths,
+            limits=limits,
+            done=lengths >= limits,
+            keys=_row_keys(key, batch_size),
+            sampling=sampling,
+            target_cache=cache,
+            drafter_state=drafter.prefill(params, state, tokens[:, :width], lengths),
+            stats=Statistics(
+                zeros, zeros, zeros, jnp.zeros((batch_size, num_tokens), jnp.int32)
+            ),
+        )
+
+    def step(params: Params, state: DecodeState) -> tuple[DecodeState, StepInfo]:
+        # A row's length grows every round, so folding it in makes a fresh key of the same row key.
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
+        draft_keys, verify_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+
+        with jax.named_scope("draft"):
+            proposal = drafter.propose(
+                params, state.drafter_state, state.tokens, state.lengths, draft_keys, state.sampling
+            )
+        with jax.named_scope("verify"):
+            last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
+            block = jnp.concatenate([last, proposal.tokens], axis=1)  # [B, K + 1]
+            offsets = jnp.arange(num_tokens + 1, dtype=jnp.int32)
+            positions = (state.lengths - 1)[:, None] + offsets[None, :]
+            logits, cache = target.apply(params["target"], block, positions, state.target_cache)
+            _check_logits(logits, block.shape)
+            target_probs = sampling_lib.probabilities(logits, state.sampling)
+            draft, proposed = _draft(proposal, target_probs)
+            verdict = jax.vmap(verifier)(verify_keys, target_probs, draft)
+
+        with jax.named_scope("commit"):
+            tokens, committed, num_committed, done = commit(state, verdict)
+        active = ~state.done
+        counted = jnp.where(active, verdict.num_accepted, 0)
+        info = StepInfo(
+            tokens=committed,
+            num_tokens=num_committed,
+            num_drafted=jnp.where(active, jnp.sum(proposed, axis=1, dtype=jnp.int32), 0),
+            num_accepted=counted,
+            done=done,
+        )
+        reached = counted[:, None] > jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
+        stats = Statistics(
+            num_rounds=state.stats.num_rounds + active.astype(jnp.int32),
+            num_drafted=state.stats.num_drafted + info.num_drafted,
+            num_accepted=state.stats.num_accepted + counted,
+            accepted_by_position=state.stats.accepted_by_position + reached.astype(jnp.int32),
+        )
+        state = state._replace(
+            tokens=tokens,
+            lengths=state.lengths + num_committed,
+            done=done,
+            target_cache=cache,
+            drafter_state=proposal.state,
+            stats=stats,
+        )
+        return state, info
+
+    def commit(state: DecodeState, verdict: Verdict) -> tuple[Array, Array, Array, Array]:
+        """The only writer of the token buffer: ends rows exactly at an end id or at their limit.
+
+        Returns the buffer, the committed tokens `[B, K + 1]`, their number and the new `done`.
+        """
+        place = jnp.arange(num_tokens + 1, dtype=jnp.int32)[None, :]
+        is_end = jnp.zeros(verdict.tokens.shape, bool)
+        for one in eos_ids:
+            is_end |= verdict.tokens == one
+        is_end &= place <= verdict.num_accepted[:, None]
+        room = state.limits - state.lengths
+        num_committed = jnp.minimum(verdict.num_accepted + 1, room)
+        until_end = jnp.min(jnp.where(is_end, place + 1, num_tokens + 2), axis=1)
+        num_committed = jnp.where(state.done, 0, jnp.minimum(num_committed, until_end))
+        ended = (until_end <= num_committed) | (state.lengths + num_committed >= state.limits)
+        inside = place < num_committed[:, None]
+        # Places that are not written point past the buffer, where a write is dropped.
+        target_index = jnp.where(inside, state.lengths[:, None] + place, max_len)
+        row = jnp.arange(state.tokens.shape[0], dtype=jnp.int32)[:, None]
+        tokens = state.tokens.at[row, target_index].set(verdict.tokens, mode="drop")
+        committed = jnp.where(inside, verdict.tokens, pad_id)
+        return tokens, committed, num_committed, state.done | ended
+
+    def run(params: Params, state: DecodeState) -> DecodeState:
+        def any_active(state: DecodeState) -> Array:
+            return ~jnp.all(state.done)
+
+        return lax.while_loop(any_active, lambda state: step(params, state)[0], state)
+
+    # Prefill and loop are two programs, so that a new padded prompt length compiles no new loop, and
+    # the caches that prefill made are donated to the loop instead of copied into it.
+    compiled_prefill = jax.jit(prefill)
+    compiled_run = jax.jit(run, donate_argnums=1)
+    compiled_step = jax.jit(step, donate_argnums=1)
+
+    def start(
+        params: Params,
+        prompts: ArrayLike,
+        prompt_lengths: ArrayLike | None,
+        key: Array,
+        sampling: Sampling,
+        max_new_tokens: ArrayLike | None,
+    ) -> DecodeState:
+        _check_params(params, drafter)
+        request = _checked_request(prompts, prompt_lengths, key, sampling, max_new_tokens, max_len)
+        return compiled_prefill(params, *request)
+
+    def generate(
+        params: Params,
+        prompts: ArrayLike,
+        prompt_lengths: ArrayLike | None,
+        key: Array,
+        *,
+        sampling: Sampling = Sampling(),
+        max_new_tokens: ArrayLike | None = None,
+    ) -> Generation:
+        state = start(params, prompts, prompt_lengths, key, sampling, max_new_tokens)
+        state = compiled_run(params, state)
+        return Generation(tokens=state.tokens, lengths=state.lengths, stats=state.stats)
+
+    def stream(
+        params: Params,
+        prompts: ArrayLike,
+        prompt_lengths: ArrayLike | None,
+        key: Array,
+        *,
+        sampling: Sampling = Sampling(),
+        max_new_tokens: ArrayLike | None = None,
+    ) -> Iterator[StepInfo]:
+        # Checked and prefilled at the call, not at the first `next`: errors belong to the caller.
+        state = start(params, prompts, prompt_lengths, key, sampling, max_new_tokens)
+        return rounds(params, state)
+
+    def rounds(params: Params, state: DecodeState) -> Iterator[StepInfo]:
+        done = bool(np.all(state.done))
+        while not done:
+            state, info = compiled_step(params, state)
+            info = jax.device_get(info)
+            done = bool(np.all(info.done))
+            yield info
+
+    return Decoder(
+        generate=generate,
+        stream=stream,
+        init=init,
+        step=step,
+        run=compiled_run,
+        num_tokens=num_tokens,
+        max_len=max_len,
+    )
+
+
+def _draft(proposal: Any, target_probs: Array) -> tuple[Draft, Array]:
+    """A proposal with its distributions filled in, `[B, K, V]`, and where it proposes, `[B, K]`."""
+    proposed = proposal.proposed
+    if proposed is None:
+        proposed = jnp.ones(proposal.tokens.shape, bool)
+    probs = proposal.probs
+    if probs is None:
+        vocab_size = target_probs.shape[-1]
+        probs = jax.nn.one_hot(proposal.tokens, vocab_size, dtype=target_probs.dtype)
+    if probs.shape[-1] != target_probs.shape[-1]:
+        raise ValueError(
+            f"the draft's vocabulary has {probs.shape[-1]} tokens, the target's "
+            f"{target_probs.shape[-1]}: draft and target must share one"
+        )
+    probs = jnp.where(proposed[..., None], probs, jnp.zeros_like(probs))
+    return Draft(tokens=proposal.tokens, probs=probs), proposed
+
+
+def _row_keys(key: Array, batch_size: int) -> Array:
+    """`[B]` keys: given, or the row's number folded into one, which does not depend on B."""
+    if key.ndim:
+        return key
+    rows = jnp.arange(batch_size, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+def _checked_request(
+    prompts: ArrayLike,
+    prompt_lengths: ArrayLike | None,
+    key: Array,
+    sampling: Sampling,
+    max_new_tokens: ArrayLike | None,
+    max_len: int,
+) -> tuple[Array, Array, Array, Sampling, Array]:
+    """The request as arrays of fixed types, so that no second call is traced anew.
+
+    Concrete values are checked; traced ones (a caller that jits `init`) only in their shapes.
+    """
+    prompts = _as_integers("prompts", prompts)
+    if prompts.ndim != 2 or 0 in prompts.shape:
+        raise ValueError(
+            f"prompts has shape {prompts.shape}; wanted [batch, length] with at least one of each "
+            "(a prompt has at least one token, such as a beginning or end of text)"
+        )
+    batch_size, width = prompts.shape
+    if width > max_len:
+        raise ValueError(f"max_len={max_len} must hold the prompts, padded to {width}")
+    if prompt_lengths is None:
+        prompt_lengths = np.full((batch_size,), width, np.int32)
+    lengths = _rows("prompt_lengths", prompt_lengths, batch_size)
+    _check_range("prompt_lengths", lengths, 1, width)
+    if _is_concrete(prompts) and np.any(np.asarray(prompts) < 0):
+        raise ValueError(f"prompts has token id {np.min(np.asarray(prompts))}; wanted at least 0")
+    new = _rows("max_new_tokens", max_len if max_new_tokens is None else max_new_tokens, batch_size)
+    _check_range("max_new_tokens", new, 0, None)
+
+    sampling_lib.check_sampling(sampling)
+    dtypes = (jnp.float32, jnp.int32, jnp.float32)
+    fields = []
+    for name, value, dtype in zip(sampling._fields, sampling, dtypes, strict=True):
+        fields.append(_broadcast(f"sampling.{name}", value, batch_size).astype(dtype))
+
+    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise ValueError(f"key={key!r} must be made by jax.random.key (one, or one per row)")
+    if key.shape not in ((), (batch_size,)):
+        raise ValueError(f"key has shape {key.shape}; wanted () or one per row, ({batch_size},)")
+    return prompts, lengths, key, Sampling(*fields), new
+
+
+def _is_concrete(value: object) -> bool:
+    return not isinstance(value, jax.core.Tracer)
+
+
+def _as_integers(name: str, value: ArrayLike) -> Any:
+    try:
+        array = value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{name} must be a rectangular array of integers, padded: {error}") from error
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} has dtype {array.dtype}; wanted integers")
+    return array.astype(np.int32)
+
+
+def _broadcast(name: str, value: ArrayLike, batch_size: int) -> Any:
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if array.shape not in ((), (batch_size,)):
+        raise ValueError(f"{name} has shape {array.shape}; wanted a scalar or ({batch_size},)")
+    if isinstance(array, jax.Array):
+        return jnp.broadcast_to(array, (batch_size,))
+    return np.broadcast_to(array, (batch_size,))
+
+
+def _rows(name: str, value: ArrayLike, batch_size: int) -> Any:
+    # Clipped before the cast: a limit beyond int32 means "no limit", not a negative number.
+    if not isinstance(value, jax.Array):
+        value = np.clip(np.asarray(value), -1, np.iinfo(np.int32).max)
+    return _as_integers(name, _broadcast(name, value, batch_size))
+
+
+def _check_range(name: str, value: Any, low: int, high: int | None) -> None:
+    if not _is_concrete(value):
+        return
+    host = np.asarray(value)
+    wrong = (host < low) | (host > high if high is not None else False)
+    if np.any(wrong):
+        wanted = f"at least {low}" if high is None else f"in {low}..{high}"
+        row = int(np.argmax(wrong))
+        raise ValueError(f"{name}={host[row]} (row {row}) must be {wanted}")
+
+
+def _check_integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {low}")
+
+
+def _check_params(params: Params, drafter: Drafter) -> None:
+    wanted = ("target", *drafter.models)
+    try:
+        missing = [name for name in wanted if name not in params]
+    except TypeError:
+        missing = list(wanted)
+    if missing:
+        raise ValueError(f"params lacks {missing}; wanted a dict with the weights of {list(wanted)}")
+
+
+def _check_logits(logits: Array, block_shape: tuple[int, ...]) -> None:
+    """The one check of what a caller's model returns."""
+    if logits.ndim != 3 or logits.shape[:2] != block_shape:
+        raise ValueError(
+            f"target.apply returned logits of shape {logits.shape} for tokens of shape {block_shape}; "
+            "wanted [B, T, V]"
+        )

@@ -1,0 +1,106 @@
+"""From logits to the distribution a token is drawn from: the one function for all of decoding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .types import Sampling
+
+
+def probabilities(logits: Array, sampling: Sampling) -> Array:
+    """The distribution that `sampling` makes of `logits`.
+
+    Temperature first, then top-k, then top-p over what top-k left. Exactly `min(k, V)` tokens survive
+    top-k, the lower id first among equals, so that `top_k=1` is greedy decoding. Greedy rows
+    (temperature 0) put all mass on the first largest logit. Drafting, verifying, the bonus token and
+    plain decoding all use this function; that they agree is what makes speculation lossless.
+
+    Args:
+      logits: `[..., V]`; `-inf` marks a forbidden token.
+      sampling: each field a scalar, or an array whose shape is a prefix of `logits.shape[:-1]`
+        (`[B]` for logits `[B, V]` or `[B, T, V]`).
+
+    Returns:
+      `[..., V]` float32 (float64 for float64 logits), rows summing to 1.
+
+    Raises:
+      ValueError: if a field is out of range or its shape does not fit; traced values are not checked.
+
+    >>> import jax.numpy as jnp
+    >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+    >>> print(probabilities(logits, Sampling(temperature=1.0, top_k=2)).round(3))
+    [0.625 0.375 0.   ]
+    >>> print(probabilities(logits, Sampling(temperature=0.0)))
+    [1. 0. 0.]
+    """
+    check_sampling(sampling)
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    logits = logits.astype(dtype)
+    temperature = _per_row("temperature", sampling.temperature, logits, dtype)
+    top_k = _per_row("top_k", sampling.top_k, logits, jnp.int32)
+    top_p = _per_row("top_p", sampling.top_p, logits, dtype)
+
+    greedy = temperature <= 0
+    largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    first = largest & (jnp.cumsum(largest, axis=-1, dtype=jnp.int32) == 1)
+    # Subtracting the maximum before dividing keeps a small temperature from overflowing.
+    shifted = logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    scaled = shifted / jnp.where(greedy, jnp.ones_like(temperature), temperature)
+    # Sorting a vocabulary costs as much as a small model's pass: only if some row asks for it.
+    filtering = ~greedy & ((top_k > 0) | (top_p < 1))
+    keep = lax.cond(
+        jnp.any(filtering),
+        lambda: _kept(scaled, top_k, top_p) | ~filtering,
+        lambda: jnp.ones(scaled.shape, bool),
+    )
+    probs = jax.nn.softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
+    return jnp.where(greedy, first.astype(dtype), probs)
+
+
+def categorical(key: Array, probs: Array) -> Array:
+    """A token drawn from one row of probabilities `[V]`; never one of probability zero."""
+    return jax.random.categorical(key, jnp.log(probs)).astype(jnp.int32)
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ValueError if a concrete field is out of range; traced fields pass."""
+    rules = (
+        ("temperature", lambda x: (x >= 0) & np.isfinite(x), "finite and at least 0 (0 is greedy)"),
+        ("top_k", lambda x: (x >= 0) & (x == np.floor(x)), "an integer of at least 0 (0 is off)"),
+        ("top_p", lambda x: (x > 0) & (x <= 1), "above 0 and at most 1 (1 is off)"),
+    )
+    for name, is_valid, wanted in rules:
+        value = getattr(sampling, name)
+        if isinstance(value, jax.core.Tracer):
+            continue
+        host = np.asarray(value)
+        valid = is_valid(host.astype(np.float64))
+        if not np.all(valid):
+            wrong = host[~valid].ravel()[0] if host.ndim else host[()]
+            raise ValueError(f"sampling.{name}={wrong} must be {wanted}")
+
+
+def _per_row(name: str, value: object, logits: Array, dtype: object) -> Array:
+    """A sampling field with trailing axes added so that it broadcasts against `logits`."""
+    array = jnp.asarray(value, dtype)  # pyright: ignore[reportArgumentType]
+    if array.shape != logits.shape[:-1][: array.ndim]:
+        raise ValueError(
+            f"sampling.{name} has shape {array.shape}, which is no prefix of the logits' batch shape "
+            f"{logits.shape[:-1]}"
+        )
+    return array.reshape(array.shape + (1,) * (logits.ndim - array.ndim))
+
+
+def _kept(scaled: Array, top_k: Array, top_p: Array) -> Array:
+    """Which tokens survive top-k and then top-p, `[..., V]` bool; at least one per row."""
+    order = jnp.argsort(scaled, axis=-1, stable=True, descending=True)
+    ordered = jnp.take_along_axis(scaled, order, axis=-1)
+    rank = lax.broadcasted_iota(jnp.int32, scaled.shape, scaled.ndim - 1)
+    within_k = (top_k <= 0) | (rank < top_k)
+    probs = jax.nn.softmax(jnp.where(within_k, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    within_p = (top_p >= 1) | (before < top_p) | (rank == 0)
+    kept = within_k & within_p
+    inverse = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(kept, inverse, axis=-1)

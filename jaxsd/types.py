@@ -1,0 +1,302 @@
+"""What passes between the parts of a decoder: protocols and pytrees, and no algorithm.
+
+Shape letters: B batch, T block, L token buffer, P prompt, K draft tokens per round, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from jax import Array
+from jax.typing import ArrayLike
+
+Params = Any
+"""Weights of every model of a decoder, by role: `{"target": ..., "draft": ...}`."""
+
+
+class LanguageModel(Protocol):
+    """A causal language model as two pure functions; any object with these attributes is one.
+
+    The cache has no cursor. Where a block stands is told by `positions`, so taking back tokens is
+    nothing but a smaller length.
+    """
+
+    def init_cache(self, batch_size: int, max_len: int, /) -> Any:
+        """A pytree with room for `max_len` positions of `batch_size` rows, contents arbitrary."""
+        ...
+
+    def apply(
+        self, params: Any, tokens: Array, positions: Array, cache: Any, /
+    ) -> tuple[Array, Any]:
+        """Scores a block of tokens and remembers it.
+
+        Args:
+          params: weights of this model.
+          tokens: `[B, T]` int32.
+          positions: `[B, T]` int32, consecutive within a row: `positions[b, t] = positions[b, 0] + t`.
+          cache: what `init_cache` or the previous `apply` returned.
+
+        Returns:
+          logits `[B, T, V]`, and a cache of the same structure, shapes and types that also holds this
+          block. The query at position i sees positions 0..i and no other: slots at or above the
+          block's start may hold anything, of this text or of another.
+        """
+        ...
+
+
+class Sampling(NamedTuple):
+    """How logits become the distribution a token is drawn from.
+
+    Each field is a number for all rows, or `[B]`, one per row. All are traced: changing them never
+    recompiles, and greedy and sampled rows mix in one batch.
+
+    temperature: divides the logits; 0 is greedy (all mass on the first largest logit).
+    top_k: keeps the k most probable tokens; 0 is off.
+    top_p: then keeps the smallest set of most probable tokens with at least this mass; 1 is off.
+    """
+
+    temperature: ArrayLike = 0.0
+    top_k: ArrayLike = 0
+    top_p: ArrayLike = 1.0
+
+
+class Draft(NamedTuple):
+    """Proposed tokens of one row.
+
+    tokens: `[K]` int32.
+    probs: `[K, V]` float32, the distribution each token was drawn from: one-hot if it was not drawn
+      but chosen, all zero if nothing was proposed at this place (and so nothing can be accepted).
+    """
+
+    tokens: Array
+    probs: Array
+
+
+class Verdict(NamedTuple):
+    """What a verifier made of a draft.
+
+    tokens: `[K + 1]` int32, the accepted tokens, then the recovered or the bonus token, then zeros.
+    num_accepted: `[]` int32 in 0..K.
+    """
+
+    tokens: Array
+    num_accepted: Array
+
+
+class Verifier(Protocol):
+    """Decides which draft tokens stand, for one row; lifted over the batch with `vmap`.
+
+    A lossless verifier's tokens are distributed as the target's own, whatever the draft.
+    """
+
+    def __call__(self, key: Array, target_probs: Array, draft: Draft, /) -> Verdict:
+        """`key` is consumed; `target_probs` is `[K + 1, V]`, row i conditioned on i draft tokens."""
+        ...
+
+
+class Proposal(NamedTuple):
+    """What a drafter returns for the whole batch.
+
+    tokens: `[B, K]` int32.
+    probs: `[B, K, V]` as in `Draft`, or None if every token was chosen and not drawn.
+    proposed: `[B, K]` bool, whether there is a proposal at each place, or None if everywhere.
+    state: the drafter's state to carry to the next round.
+    """
+
+    tokens: Array
+    probs: Array | None
+    proposed: Array | None
+    state: Any
+
+
+class DrafterInit(Protocol):
+    """Allocates the drafter's state: `max_len` committed tokens and `num_tokens` beyond."""
+
+    def __call__(self, params: Params, batch_size: int, max_len: int, /) -> Any: ...
+
+
+class DrafterPrefill(Protocol):
+    """Reads the prompts `[B, P]` with `lengths` `[B]`; what lies beyond a length is padding."""
+
+    def __call__(self, params: Params, state: Any, prompts: Array, lengths: Array, /) -> Any: ...
+
+
+class DrafterPropose(Protocol):
+    """Proposes the tokens that follow each row.
+
+    Args: params; state; tokens `[B, L]`; lengths `[B]` at least 1; keys `[B]`, consumed; sampling with
+    `[B]` fields. What lies in `tokens` beyond a row's length must not matter.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        state: Any,
+        tokens: Array,
+        lengths: Array,
+        keys: Array,
+        sampling: Sampling,
+        /,
+    ) -> Proposal: ...
+
+
+class Drafter(NamedTuple):
+    """Who proposes, as three pure functions over an explicit state.
+
+    num_tokens: K, tokens proposed per round; static.
+    models: names under which `params` must hold this drafter's weights.
+    """
+
+    num_tokens: int
+    models: tuple[str, ...]
+    init: DrafterInit
+    prefill: DrafterPrefill
+    propose: DrafterPropose
+
+
+class Statistics(NamedTuple):
+    """Totals over a generation, per row.
+
+    num_rounds: `[B]` int32, target passes in which the row was still active.
+    num_drafted: `[B]` int32, tokens proposed in those rounds.
+    num_accepted: `[B]` int32, tokens the verifier accepted, also those that an end of sequence or a
+      limit inside the block then hid.
+    accepted_by_position: `[B, K]` int32, rounds in which at least i + 1 tokens were accepted.
+    """
+
+    num_rounds: Array
+    num_drafted: Array
+    num_accepted: Array
+    accepted_by_position: Array
+
+
+class StepInfo(NamedTuple):
+    """What one round did, per row; all zero for a row that was done before it.
+
+    tokens: `[B, K + 1]` int32, the tokens committed, then `pad_id`.
+    num_tokens: `[B]` int32, how many were committed.
+    num_drafted: `[B]` int32.
+    num_accepted: `[B]` int32, accepted by the verifier; the first of `tokens` are these.
+    done: `[B]` bool, whether the row has ended.
+    """
+
+    tokens: Array
+    num_tokens: Array
+    num_drafted: Array
+    num_accepted: Array
+    done: Array
+
+
+class DecodeState(NamedTuple):
+    """Everything one round needs and returns.
+
+    tokens: `[B, L]` int32, prompt and generated tokens, `pad_id` beyond `lengths`.
+    lengths: `[B]` int32, tokens committed so far.
+    limits: `[B]` int32, the length at which the row must stop.
+    done: `[B]` bool.
+    keys: `[B]` random keys, one per row, never consumed: a round folds the row's length into it.
+    sampling: with `[B]` fields.
+    target_cache: holds all committed tokens but the last.
+    drafter_state: the drafter's.
+    stats: totals so far.
+    """
+
+    tokens: Array
+    lengths: Array
+    limits: Array
+    done: Array
+    keys: Array
+    sampling: Sampling
+    target_cache: Any
+    drafter_state: Any
+    stats: Statistics
+
+
+class Generation(NamedTuple):
+    """The finished batch.
+
+    tokens: `[B, max_len]` int32, prompt, then generated tokens, then `pad_id`.
+    lengths: `[B]` int32, prompt and generated tokens.
+    stats: totals per row.
+    """
+
+    tokens: Array
+    lengths: Array
+    stats: Statistics
+
+
+class DecoderInit(Protocol):
+    """`init(params, prompts, prompt_lengths, key, *, sampling, max_new_tokens)`: prefilled state."""
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: ArrayLike,
+        prompt_lengths: ArrayLike | None,
+        key: Array,
+        *,
+        sampling: Sampling = ...,
+        max_new_tokens: ArrayLike | None = ...,
+    ) -> DecodeState: ...
+
+
+class DecoderStep(Protocol):
+    """`step(params, state)`: one round of draft, verify and commit. Pure and not jitted."""
+
+    def __call__(self, params: Params, state: DecodeState) -> tuple[DecodeState, StepInfo]: ...
+
+
+class DecoderGenerate(Protocol):
+    """`generate(...)`: the whole loop, compiled."""
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: ArrayLike,
+        prompt_lengths: ArrayLike | None,
+        key: Array,
+        *,
+        sampling: Sampling = ...,
+        max_new_tokens: ArrayLike | None = ...,
+    ) -> Generation: ...
+
+
+class DecoderStream(Protocol):
+    """`stream(...)`: the same rounds one by one, for showing text as it comes."""
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: ArrayLike,
+        prompt_lengths: ArrayLike | None,
+        key: Array,
+        *,
+        sampling: Sampling = ...,
+        max_new_tokens: ArrayLike | None = ...,
+    ) -> Iterator[StepInfo]: ...
+
+
+class DecoderRun(Protocol):
+    """`run(params, state)`: rounds until every row is done, compiled; `state` is donated."""
+
+    def __call__(self, params: Params, state: DecodeState) -> DecodeState: ...
+
+
+class Decoder(NamedTuple):
+    """What `speculative` returns.
+
+    generate: prompts to finished batch, compiled.
+    stream: prompts to an iterator over rounds, each compiled.
+    init: prompts to a prefilled `DecodeState`; not compiled.
+    step: one round; not compiled, for loops of your own.
+    run: the compiled loop of `generate` from a state on; donates the state.
+    num_tokens: K.
+    max_len: length of the token buffer.
+    """
+
+    generate: DecoderGenerate
+    stream: DecoderStream
+    init: DecoderInit
+    step: DecoderStep
+    run: DecoderRun
+    num_tokens: int
+    max_len: int

@@ -1,0 +1,482 @@
+"""Weights on disk: finished models, and the state of a training run.
+
+A *model folder* holds `config.json` (shape, tokenizer, checksum, metadata), `model.safetensors`
+and `tokenizer.json`. A *training checkpoint* is an orbax folder with a manifest beside it. Both
+are checked whole before anything in them is used, and both come into being under another name and
+are renamed, so that a folder that is there is a folder that was finished. Nothing is unpickled.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+
+from . import corpus
+from .configs import Config
+from .transformer import abstract_params
+
+MODEL_FORMAT = "jaxsd-model-1"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_EXPORT_DTYPES = {"float32": _DTYPES["F32"], "bfloat16": _DTYPES["BF16"]}
+
+
+# -- model folders --------------------------------------------------------------------------------
+
+
+class Pretrained(NamedTuple):
+    """A model read from a folder."""
+
+    config: Config
+    params: dict[str, Any]  # nested, as `init_params` makes it
+    tokenizer: corpus.Tokenizer
+    metadata: dict[str, Any]  # what training recorded; holds "tokenizer_fingerprint"
+
+
+def save_model(
+    folder: str | os.PathLike,
+    config: Config,
+    params: Mapping[str, Any],
+    tokenizer: corpus.Tokenizer,
+    *,
+    dtype: str = "bfloat16",
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model folder that `load_model` reads; replaces one that is there.
+
+    All files are written to a hidden sibling folder which is then renamed, so a reader, or a
+    power cut, never meets half a model.
+
+    Args:
+      folder: where; its parents are made.
+      config: the shape of `params`.
+      params: nested dict of arrays; dotted paths become tensor names.
+      tokenizer: saved with the model; its size must be the config's.
+      dtype: "bfloat16" or "float32", the type of the stored tensors.
+      metadata: JSON values about the training (data, steps, losses).
+
+    Raises:
+      ValueError: unknown dtype, parameters that do not fit the config, non-finite parameters, or a
+        tokenizer of another size.
+    """
+    if dtype not in _EXPORT_DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(_EXPORT_DTYPES)}")
+    folder = pathlib.Path(folder).absolute()
+    with np.errstate(over="ignore"):  # an overflow in the cast is found as a value not finite
+        tensors = {
+            name: np.asarray(leaf).astype(_EXPORT_DTYPES[dtype])
+            for name, leaf in _flatten(params).items()
+        }
+    problems = _tensor_problems(config, tensors)
+    if tokenizer.vocab_size != config.vocab_size:
+        problems.append(
+            f"tokenizer has {tokenizer.vocab_size} tokens, config.vocab_size is {config.vocab_size}"
+        )
+    if problems:
+        raise ValueError(f"cannot save model {str(folder)!r}: {'; '.join(problems)}")
+
+    temporary = _fresh_sibling(folder, "writing")
+    temporary.mkdir(parents=True)
+    weights = safetensors.numpy.save(tensors, {"format": "jaxsd"})
+    _write_bytes(temporary / WEIGHTS_FILE, weights)
+    tokenizer.save(temporary)
+    content = {
+        "format": MODEL_FORMAT,
+        "config": dataclasses.asdict(config),
+        "weights": {
+            "file": WEIGHTS_FILE,
+            "dtype": dtype,
+            "num_bytes": len(weights),
+            "sha256": hashlib.sha256(weights).hexdigest(),
+        },
+        "metadata": {**(metadata or {}), "tokenizer_fingerprint": tokenizer.fingerprint()},
+    }
+    _write_bytes(temporary / CONFIG_FILE, _json_bytes(content))
+    _sync_folder(temporary)
+    _replace_folder(temporary, folder)
+
+
+def load_model(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Pretrained:
+    """Reads a model folder, checking everything before anything is used.
+
+    Args:
+      folder: written by `save_model`.
+      dtype: type of the returned parameters; None keeps the stored type.
+
+    Returns:
+      Config, parameters as a nested dict of arrays, tokenizer and metadata.
+
+    Raises:
+      ValueError: one error that names the folder and every problem found: missing or unreadable
+        files, unknown, missing or ill-typed config fields, weights that are truncated or whose
+        checksum differs, tensors that are missing, unexpected, misshapen or not finite, a
+        tokenizer of another size or with another fingerprint.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"model folder {str(folder)!r} does not exist or is not a folder")
+    problems: list[str] = []
+    content = _read_config_file(folder / CONFIG_FILE, problems)
+    config = _read_config(content, problems)
+    metadata = _expect(content, "metadata", dict, problems)
+    tensors = _read_weights(folder, _expect(content, "weights", dict, problems), problems)
+    if config is not None and tensors is not None:
+        problems += [f"{WEIGHTS_FILE}: {text}" for text in _tensor_problems(config, tensors)]
+    tokenizer = _read_tokenizer(folder, config, metadata, problems)
+    if problems or config is None or tensors is None or metadata is None or tokenizer is None:
+        raise ValueError(f"cannot load model {str(folder)!r}: {'; '.join(problems)}")
+    arrays = {
+        name: jnp.asarray(tensor if dtype is None else tensor.astype(dtype))
+        for name, tensor in tensors.items()
+    }
+    return Pretrained(config, _unflatten(arrays), tokenizer, metadata)
+
+
+def check_pair(target: Pretrained, draft: Pretrained) -> None:
+    """Makes sure that a draft's token ids mean what the target's mean.
+
+    Raises:
+      ValueError: the two tokenizers differ.
+    """
+    ours, theirs = target.tokenizer.fingerprint(), draft.tokenizer.fingerprint()
+    if ours != theirs:
+        raise ValueError(
+            f"target and draft have different tokenizers (fingerprints {ours[:12]} with "
+            f"{target.tokenizer.vocab_size} tokens and {theirs[:12]} with "
+            f"{draft.tokenizer.vocab_size}): their token ids do not mean the same"
+        )
+
+
+def params_fingerprint(params: Mapping[str, Any]) -> str:
+    """SHA-256 over names, shapes, types and bytes of all arrays of a nested dict."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(_flatten(params).items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _read_config_file(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"cannot read {path.name} ({error.strerror})")
+        return {}
+    except ValueError as error:
+        problems.append(f"{path.name} is not JSON ({error})")
+        return {}
+    if not isinstance(content, dict) or content.get("format") != MODEL_FORMAT:
+        found = content.get("format") if isinstance(content, dict) else content
+        problems.append(f"{path.name} has format {found!r}, not {MODEL_FORMAT!r}")
+        return {}
+    return content
+
+
+def _expect(
+    content: Mapping[str, Any], key: str, kind: type, problems: list[str]
+) -> dict[str, Any] | None:
+    """A field of config.json, or None and a problem. Silent where the whole file was no good."""
+    if not content:
+        return None
+    value = content.get(key)
+    if not isinstance(value, kind):
+        problems.append(f"{CONFIG_FILE}: field {key!r} is missing or not an object")
+        return None
+    return value
+
+
+def _read_config(content: Mapping[str, Any], problems: list[str]) -> Config | None:
+    values = _expect(content, "config", dict, problems)
+    if values is None:
+        return None
+    try:
+        return Config.from_dict(values)
+    except ValueError as error:
+        problems.append(f"{CONFIG_FILE}: {error}")
+        return None
+
+
+def _read_weights(
+    folder: pathlib.Path, recorded: Mapping[str, Any] | None, problems: list[str]
+) -> dict[str, np.ndarray] | None:
+    path = folder / WEIGHTS_FILE
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        problems.append(f"cannot read {path.name} ({error.strerror})")
+        return None
+    if recorded is not None:
+        num_bytes, checksum = recorded.get("num_bytes"), recorded.get("sha256")
+        if len(data) != num_bytes:
+            problems.append(f"{path.name} has {len(data)} bytes, {CONFIG_FILE} says {num_bytes}")
+            return None
+        if hashlib.sha256(data).hexdigest() != checksum:
+            problems.append(f"{path.name} is corrupt: its SHA-256 is not the recorded one")
+            return None
+    try:
+        entries = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:
+        problems.append(f"{path.name} is truncated or corrupt ({error})")
+        return None
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _DTYPES:
+            problems.append(f"{path.name}: tensor {name!r} has type {entry['dtype']}")
+            continue
+        flat = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def _tensor_problems(config: Config, tensors: Mapping[str, np.ndarray]) -> list[str]:
+    expected = _flatten(abstract_params(config))
+    problems = []
+    if missing := sorted(expected.keys() - tensors.keys()):
+        problems.append(f"missing tensors {', '.join(missing)}")
+    if unexpected := sorted(tensors.keys() - expected.keys()):
+        problems.append(f"unexpected tensors {', '.join(unexpected)}")
+    for name in sorted(expected.keys() & tensors.keys()):
+        tensor = tensors[name]
+        if tensor.shape != expected[name].shape:
+            problems.append(
+                f"tensor {name} has shape {tensor.shape}, the config asks for "
+                f"{expected[name].shape}"
+            )
+        elif num_bad := tensor.size - int(np.isfinite(tensor.astype(np.float32)).sum()):
+            problems.append(f"tensor {name} has {num_bad} values that are not finite")
+    return problems
+
+
+def _read_tokenizer(
+    folder: pathlib.Path,
+    config: Config | None,
+    metadata: Mapping[str, Any] | None,
+    problems: list[str],
+) -> corpus.Tokenizer | None:
+    try:
+        tokenizer = corpus.load_tokenizer(folder)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+    if config is not None and tokenizer.vocab_size != config.vocab_size:
+        problems.append(
+            f"tokenizer has {tokenizer.vocab_size} tokens, config.vocab_size is {config.vocab_size}"
+        )
+    if metadata is not None and metadata.get("tokenizer_fingerprint") != tokenizer.fingerprint():
+        problems.append(f"{corpus.TOKENIZER_FILE} is not the one the model was trained with")
+    return tokenizer
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": x}}` to `{"a.b": x}`."""
+    flat = {}
+    for key, value in tree.items():
+        if not isinstance(key, str) or "." in key:
+            raise ValueError(f"parameter name {key!r} must be a string without dots")
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+# -- training checkpoints -------------------------------------------------------------------------
+#
+# <folder>/<step, 8 digits>/                 written by orbax
+# <folder>/<step, 8 digits>.manifest.json    size and SHA-256 of every file, written last
+#
+# A step without a manifest was interrupted while it was written and does not count. A step with a
+# manifest that does not match is damaged: it is refused by name, never passed over in silence,
+# because going back to an older state is for a person to decide.
+
+
+def save_checkpoint(
+    folder: str | os.PathLike,
+    step: int,
+    state: Any,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 2,
+) -> None:
+    """Saves a pytree of arrays as the checkpoint of a step, then deletes all but the last `keep`.
+
+    Killed at any moment, it leaves the earlier checkpoints whole and this one whole or not there.
+
+    Args:
+      folder: of the checkpoints of one run.
+      step: number of finished steps.
+      state: any pytree of arrays.
+      extra: JSON values kept with it.
+      keep: how many checkpoints stay, at least 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep} must be at least 1")
+    folder = pathlib.Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{step:08d}"
+    _manifest_path(target).unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(target, state)
+    manifest = {"step": step, "extra": dict(extra or {}), "files": _describe_files(target)}
+    temporary = _fresh_sibling(_manifest_path(target), "writing")
+    _write_bytes(temporary, _json_bytes(manifest))
+    os.replace(temporary, _manifest_path(target))
+    _sync_folder(folder)
+    _delete_old(folder, keep)
+
+
+def latest_checkpoint(folder: str | os.PathLike) -> int | None:
+    """The step of the newest finished checkpoint, or None. Looks at names only."""
+    steps = _finished_steps(pathlib.Path(folder))
+    return steps[-1] if steps else None
+
+
+def restore_checkpoint(
+    folder: str | os.PathLike, step: int, like: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Reads a checkpoint back: the state bit for bit, and the `extra` saved with it.
+
+    Args:
+      folder: of the checkpoints of one run.
+      step: see `latest_checkpoint`.
+      like: the state's tree with shapes and dtypes (`jax.eval_shape` of what makes it).
+
+    Raises:
+      ValueError: a file is missing, has another size or another checksum, or the state is of
+        another shape; names the folder.
+    """
+    target = pathlib.Path(folder).absolute() / f"{step:08d}"
+    manifest = _read_manifest(target)
+    found, recorded = _describe_files(target), manifest["files"]
+    if found != recorded:
+        names = sorted(name for name in found | recorded if found.get(name) != recorded.get(name))
+        raise ValueError(
+            f"checkpoint {str(target)!r} is damaged: {', '.join(names)} "
+            f"{'is' if len(names) == 1 else 'are'} missing or not what was written; delete it to "
+            "go back to the one before"
+        )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            state = checkpointer.restore(target, like)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"checkpoint {str(target)!r} does not fit this run: {error}") from error
+    return state, manifest["extra"]
+
+
+def _read_manifest(target: pathlib.Path) -> dict[str, Any]:
+    path = _manifest_path(target)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {str(target)!r} has no readable manifest: {error}") from error
+    fields = {"step": int, "extra": dict, "files": dict}
+    if not isinstance(manifest, dict) or not all(
+        isinstance(manifest.get(name), kind) for name, kind in fields.items()
+    ):
+        raise ValueError(f"checkpoint {str(target)!r} has a damaged manifest {path.name}")
+    return manifest
+
+
+def _finished_steps(folder: pathlib.Path) -> list[int]:
+    names = [path.name.removesuffix(".manifest.json") for path in folder.glob("*.manifest.json")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _delete_old(folder: pathlib.Path, keep: int) -> None:
+    kept = {f"{step:08d}" for step in _finished_steps(folder)[-keep:]}
+    for path in folder.iterdir():
+        if path.name.split(".")[0] not in kept:
+            # The manifest first: a step folder without one does not count.
+            if path.is_dir():
+                _manifest_path(path).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+            elif not path.with_name(path.name.split(".")[0]).is_dir():
+                path.unlink(missing_ok=True)
+
+
+def _manifest_path(target: pathlib.Path) -> pathlib.Path:
+    return target.with_name(target.name + ".manifest.json")
+
+
+def _describe_files(folder: pathlib.Path) -> dict[str, list[Any]]:
+    """Size and SHA-256 of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): [
+            path.stat().st_size,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        ]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode("utf-8")
+
+
+def _fresh_sibling(path: pathlib.Path, purpose: str) -> pathlib.Path:
+    return path.with_name(f".{path.name}.{purpose}-{os.getpid()}-{os.urandom(4).hex()}")
+
+
+def _write_bytes(path: pathlib.Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Makes renames within a folder last; a no-op where folders cannot be opened (Windows)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace_folder(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Renames `source` to `folder`. One that is there is moved aside first, then deleted."""
+    old = None
+    if folder.exists():
+        old = _fresh_sibling(folder, "old")
+        os.rename(folder, old)
+    os.rename(source, folder)
+    _sync_folder(folder.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
