@@ -1,1 +1,65 @@
-from .laws import *
+"""The throughput of speculative decoding as a differentiable function of laws, shapes and times."""
+
+from .laws import (
+    BESIROGLU,
+    HOFFMANN,
+    SDSL,
+    SDSL_ACCEPTANCE,
+    AcceptanceLaw,
+    Laws,
+    LossLaw,
+    acceptance,
+    loss,
+    perplexity,
+)
+from .search import DraftDesign, optimal_draft_size
+from .shapes import Shape, parameters_non_embedding, parameters_read, parameters_total
+from .speculation import (
+    NumTokensPrediction,
+    acceptance_length_to_alpha,
+    acceptance_length_to_rate,
+    acceptance_rate_to_alpha,
+    acceptance_rate_to_length,
+    alpha_to_acceptance_rate,
+    best_num_tokens,
+    expected_tokens,
+    optimal_gamma,
+    optimal_integer_gamma,
+    optimal_speedup,
+    optimal_throughput,
+    speedup,
+    throughput,
+)
+
+__all__ = [
+    "BESIROGLU",
+    "HOFFMANN",
+    "SDSL",
+    "SDSL_ACCEPTANCE",
+    "AcceptanceLaw",
+    "DraftDesign",
+    "Laws",
+    "LossLaw",
+    "NumTokensPrediction",
+    "Shape",
+    "acceptance",
+    "acceptance_length_to_alpha",
+    "acceptance_length_to_rate",
+    "acceptance_rate_to_alpha",
+    "acceptance_rate_to_length",
+    "alpha_to_acceptance_rate",
+    "best_num_tokens",
+    "expected_tokens",
+    "loss",
+    "optimal_draft_size",
+    "optimal_gamma",
+    "optimal_integer_gamma",
+    "optimal_speedup",
+    "optimal_throughput",
+    "parameters_non_embedding",
+    "parameters_read",
+    "parameters_total",
+    "perplexity",
+    "speedup",
+    "throughput",
+]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 _Test = tuple[Callable[[np.ndarray], Any], str]
 
@@ -14,12 +15,13 @@ _Test = tuple[Callable[[np.ndarray], Any], str]
 PROBABILITY: _Test = (lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 POSITIVE: _Test = (lambda x: (x > 0) & (x < np.inf), "positive and finite")
 NON_NEGATIVE: _Test = (lambda x: (x >= 0) & (x < np.inf), "at least 0 and finite")
+FINITE: _Test = (np.isfinite, "finite")
 AT_LEAST_ONE: _Test = (lambda x: x >= 1, "at least 1")
 
 
 def is_traced(*trees: Any) -> bool:
     """Whether any leaf is inside a jit, grad or vmap and has no value to look at."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def require(name: str, value: Any, test: _Test) -> None:
@@ -30,7 +32,7 @@ def require(name: str, value: Any, test: _Test) -> None:
     numbers = np.asarray(value, dtype=np.float64)
     wrong = ~np.asarray(passes(numbers))
     if wrong.any():
-        came = f"{numbers[wrong].ravel()[0]:.9g}"
+        came = f"{np.broadcast_to(numbers, wrong.shape)[wrong][0]:.9g}"
         where = "" if numbers.ndim == 0 else f" (in an array of shape {numbers.shape})"
         raise ValueError(f"{name}={came}{where} must be {wanted}")
 

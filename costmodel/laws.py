@@ -11,11 +11,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._inputs import AT_LEAST_ONE, POSITIVE, as_floats, require
+from ._inputs import AT_LEAST_ONE, FINITE, POSITIVE, as_floats, require
 
 # Where the affine law comes this close to 0 or 1 it is bent. Every acceptance that the law was
 # fitted on lies in 0.52 to 0.79, far inside, where the law is left exactly as it is.
 CLIP_MARGIN = 0.01
+
+# A perplexity of 5e8. To guess among 200000 tokens with no model at all is 12 nats.
+MAX_LOSS_NATS = 20.0
 
 
 class LossLaw(NamedTuple):
@@ -79,15 +82,16 @@ def loss(law: LossLaw, parameters: ArrayLike, tokens: ArrayLike) -> Array:
       Loss in nats per token.
 
     Raises:
-      ValueError: `parameters` or `tokens` is not positive and finite.
+      ValueError: `parameters`, `tokens` or a constant of the law is not positive and finite.
 
     Example:
       >>> from jaxsd import costmodel
       >>> round(float(costmodel.loss(costmodel.BESIROGLU, 8e9, 15e12)), 4)
-      2.0171
+      2.0221
 
     Source: Hoffmann et al., arXiv 2203.15556, eq. 2.
     """
+    check_loss_law(law)
     require("parameters", parameters, POSITIVE)
     require("tokens", tokens, POSITIVE)
     irreducible, a, a_exponent, b, b_exponent, parameters_, tokens_ = as_floats(
@@ -115,19 +119,20 @@ def perplexity(law: LossLaw, parameters: ArrayLike, tokens: ArrayLike) -> Array:
       tokens: number of training tokens, positive; broadcasts against `parameters`.
 
     Returns:
-      Perplexity per token, above 1.
+      Perplexity per token, above 1. A loss above 20 nats is cut off there, so that even the second
+      derivative of whatever is built on this stays finite in float32.
 
     Raises:
-      ValueError: `parameters` or `tokens` is not positive and finite.
+      ValueError: `parameters`, `tokens` or a constant of the law is not positive and finite.
 
     Example:
       >>> from jaxsd import costmodel
       >>> round(float(costmodel.perplexity(costmodel.BESIROGLU, 8e9, 15e12)), 3)
-      7.516
+      7.554
 
     Source: SDSL, arXiv 2603.11053, eqs. 7 and 8 (whose printed exponents lack a sign).
     """
-    return jnp.exp(loss(law, parameters, tokens))
+    return jnp.exp(jnp.minimum(loss(law, parameters, tokens), MAX_LOSS_NATS))
 
 
 def acceptance(
@@ -151,7 +156,7 @@ def acceptance(
       Probability in (0, 1).
 
     Raises:
-      ValueError: a perplexity is below 1.
+      ValueError: a perplexity is below 1, or a number of the law is not finite.
 
     Example:
       >>> from jaxsd import costmodel
@@ -160,12 +165,26 @@ def acceptance(
 
     Source: SDSL, arXiv 2603.11053, eq. 5 and table 3.
     """
+    check_acceptance_law(law)
     require("draft_perplexity", draft_perplexity, AT_LEAST_ONE)
     require("target_perplexity", target_perplexity, AT_LEAST_ONE)
     draft_slope, target_slope, intercept, x, y = as_floats(
         *law[:3], draft_perplexity, target_perplexity
     )
     return _soft_clip(draft_slope * x + target_slope * y + intercept)
+
+
+def check_loss_law(law: LossLaw) -> None:
+    """Raises ValueError unless the terms that fall with size and data are positive powers."""
+    for name, value in law._asdict().items():
+        test = FINITE if name == "irreducible" else POSITIVE
+        require(f"LossLaw.{name}", value, test)
+
+
+def check_acceptance_law(law: AcceptanceLaw) -> None:
+    """Raises ValueError unless every number is finite."""
+    for name, value in law._asdict().items():
+        require(f"AcceptanceLaw.{name}", value, FINITE)
 
 
 def _soft_clip(value: Array) -> Array:

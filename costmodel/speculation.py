@@ -23,6 +23,7 @@ from ._inputs import (
     is_traced,
     require,
 )
+from ._numerics import expm1_over, geometric_sum, log_excess_inverse, safe_log
 
 
 class NumTokensPrediction(NamedTuple):
@@ -63,7 +64,7 @@ def expected_tokens(alpha: ArrayLike, gamma: ArrayLike) -> Array:
     require("alpha", alpha, PROBABILITY)
     require("gamma", gamma, NON_NEGATIVE)
     alpha_, gamma_ = as_floats(alpha, gamma)
-    return 1 + alpha_ * _geometric_sum(_safe_log(alpha_), gamma_)
+    return 1 + alpha_ * geometric_sum(safe_log(alpha_), gamma_)
 
 
 def speedup(
@@ -189,7 +190,7 @@ def optimal_speedup(alpha: ArrayLike, cost_ratio: ArrayLike) -> Array:
     require("cost_ratio", cost_ratio, POSITIVE)
     alpha_, cost = as_floats(alpha, cost_ratio)
     optimum = _optimum(alpha_, cost)
-    alpha_below_one = _expm1_over(optimum.log_alpha)  # (1 - alpha) / -ln(alpha)
+    alpha_below_one = expm1_over(optimum.log_alpha)  # (1 - alpha) / -ln(alpha)
     best = 1 / (cost * (1 + optimum.u_minus_one) * alpha_below_one)
     return jnp.where(optimum.pays, jnp.maximum(best, 1), 1)
 
@@ -216,7 +217,7 @@ def optimal_integer_gamma(alpha: ArrayLike, cost_ratio: ArrayLike, max_gamma: in
     Example:
       >>> from jaxsd import costmodel
       >>> [int(costmodel.optimal_integer_gamma(alpha, 0.1)) for alpha in (0.05, 0.5, 0.9)]
-      [0, 2, 9]
+      [0, 2, 10]
 
     Source: Leviathan et al., arXiv 2211.17192, section 3.5.
     """
@@ -290,7 +291,7 @@ def optimal_throughput(
     Example:
       >>> from jaxsd import costmodel
       >>> print(f"{costmodel.optimal_throughput(0.65, 0.3e9, 70e9):.4g}")
-      1.931e-11
+      1.94e-11
 
     Source: SDSL, arXiv 2603.11053, eq. 4.
     """
@@ -347,6 +348,7 @@ def acceptance_rate_to_alpha(rate: ArrayLike, gamma: ArrayLike) -> Array:
       ValueError: an argument is outside its range or NaN.
 
     Example:
+      >>> import numpy as np
       >>> from jaxsd import costmodel
       >>> rates = costmodel.acceptance_rate_to_alpha(np.array([0.8, 0.59, 0.357]), [1, 4, 10])
       >>> [round(float(rate), 2) for rate in rates]
@@ -472,11 +474,12 @@ def best_num_tokens(
       ValueError: an argument is outside its range or NaN, or has the wrong shape.
 
     Example:
+      >>> import numpy as np
       >>> from jaxsd import costmodel
       >>> verify_seconds = np.array([0.020, 0.021, 0.022, 0.025, 0.030])
       >>> prediction = costmodel.best_num_tokens(0.7, 0.020, 0.002, verify_seconds)
       >>> int(prediction.num_tokens), [round(float(s), 2) for s in prediction.speedup]
-      (3, [1.0, 1.48, 1.68, 1.63, 1.46])
+      (2, [1.0, 1.48, 1.68, 1.63, 1.46])
     """
     verify_shape, draft_shape = np.shape(verify_seconds), np.shape(draft_seconds)
     if len(verify_shape) != 1 or verify_shape[0] == 0:
@@ -510,107 +513,46 @@ def best_num_tokens(
     )
 
 
-# Below this |x|, expm1(x) / x and what is built on it are evaluated as a series; above it the
-# quotient loses nothing, neither in value nor in derivative.
-_SERIES_RADIUS = 0.7
-_SERIES_TERMS = 16  # 0.7^16 / 17! is below half a unit of float64
-
-
-def _safe_log(alpha: Array) -> Array:
-    """ln(alpha), finite with a finite derivative at 0."""
-    # The smallest normal number in place of 0. Powers of it vanish all the same, and its
-    # reciprocal, the derivative of the logarithm, does not overflow.
-    return jnp.log(jnp.where(alpha > 0, alpha, alpha + jnp.finfo(alpha.dtype).tiny))
-
-
-def _expm1_series(x: Array) -> Array:
-    """(e^x - 1) / x for |x| < 0.7, exactly 1 at 0 and smooth through it."""
-    total = jnp.ones_like(x)
-    for k in range(_SERIES_TERMS, 1, -1):
-        total = 1 + x / k * total
-    return total
-
-
-def _expm1_over(x: Array) -> Array:
-    """(e^x - 1) / x for every x."""
-    near = jnp.abs(x) < _SERIES_RADIUS
-    far_x = jnp.where(near, 1, x)
-    return jnp.where(near, _expm1_series(jnp.where(near, x, 0)), jnp.expm1(far_x) / far_x)
-
-
-def _geometric_sum(log_alpha: Array, count: Array) -> Array:
-    """(1 - alpha^count) / (1 - alpha): the sum of `count` powers of alpha, from the zeroth on.
-
-    Smooth through alpha = 1, where it is `count`. The plain quotient is 0 / 0 there, and its
-    derivative in float32 is off by a factor of two at 1 - 1e-6.
-    """
-    near = jnp.maximum(count, 1) * jnp.abs(log_alpha) < _SERIES_RADIUS
-    near_log = jnp.where(near, log_alpha, 0)
-    near_sum = count * _expm1_series(count * near_log) / _expm1_series(near_log)
-    far_log = jnp.where(near, -1, log_alpha)
-    return jnp.where(near, near_sum, jnp.expm1(count * far_log) / jnp.expm1(far_log))
-
-
 class _Optimum(NamedTuple):
     pays: Array  # whether any gamma > 0 gains
     u_minus_one: Array  # u of `optimal_gamma`, less 1; 0 at alpha = 1 and where nothing pays
     log_alpha: Array
 
 
+@jax.jit
 def _optimum(alpha: Array, cost_ratio: Array) -> _Optimum:
     """Solves the first-order condition of the speed-up in gamma."""
-    log_alpha = _safe_log(alpha)
+    log_alpha = safe_log(alpha)
     # The slope of the speed-up at gamma = 0 is positive: -alpha ln(alpha) > c (1 - alpha).
-    pays = cost_ratio * _expm1_over(log_alpha) < alpha
+    pays = cost_ratio * expm1_over(log_alpha) < alpha
     solvable = pays & (log_alpha < 0)
     s_minus_one = -log_alpha * (1 - cost_ratio) / cost_ratio
-    u_minus_one = _log_excess_inverse(jnp.where(solvable, s_minus_one, 1))
+    u_minus_one = log_excess_inverse(jnp.where(solvable, s_minus_one, 1))
     return _Optimum(pays, jnp.where(solvable, u_minus_one, 0), log_alpha)
-
-
-def _log_excess(w: Array) -> Array:
-    """w - ln(1 + w) for w >= 0, without cancellation near 0."""
-    small = jnp.where(w < 0.1, w, 0)
-    # ln(1 + w) = 2 atanh(z), and w - 2 z = w z.
-    z = small / (2 + small)
-    tail = sum((z * z) ** k / (2 * k + 3) for k in range(7))
-    return jnp.where(w < 0.1, small * z - 2 * z**3 * tail, w - jnp.log1p(w))
-
-
-@jax.custom_jvp
-def _log_excess_inverse(s: Array) -> Array:
-    """Solves w - ln(1 + w) = s for w > 0, given s > 0; this is -1 - W(-exp(-1 - s)), branch -1."""
-    # The start is an upper bound of the root (Chatzigeorgiou, arXiv 1601.04895), and the function
-    # is convex, so Newton descends to the root and five steps reach the last digit of float64.
-    w = s + jnp.sqrt(2 * s)
-    for _ in range(5):
-        w = w - (_log_excess(w) - s) * (1 + w) / w
-    return w
-
-
-@_log_excess_inverse.defjvp
-def _log_excess_inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    w = _log_excess_inverse(*primals)
-    return w, (1 + w) / w * tangents[0]
 
 
 def _log_rate(log_alpha: Array, gamma: Array) -> Array:
     """Logarithm of the acceptance rate, as a function of the logarithm of alpha."""
-    return log_alpha + jnp.log(_geometric_sum(log_alpha, gamma) / gamma)
+    return log_alpha + jnp.log(geometric_sum(log_alpha, gamma) / gamma)
 
 
+@jax.jit
 def _rate(alpha: Array, gamma: Array) -> Array:
-    return alpha * _geometric_sum(_safe_log(alpha), gamma) / gamma
+    return alpha * geometric_sum(safe_log(alpha), gamma) / gamma
 
 
-@jax.custom_jvp
 @jax.jit  # outside a jit of the caller's, a loop would be compiled anew at every call
 def _rate_inverse(rate: Array, gamma: Array) -> Array:
     """Solves `_rate(alpha, gamma) = rate` for alpha."""
+    return _rate_root(rate, gamma)
+
+
+@jax.custom_jvp
+def _rate_root(rate: Array, gamma: Array) -> Array:
     inside = (rate > 0) & (rate < 1)
     log_rate = jnp.log(jnp.where(inside, rate, 0.5))
     # ln(rate) is convex in ln(alpha) for gamma >= 1, with a slope from 1 to gamma, and nearly
-    # straight below. alpha <= gamma * rate starts Newton on the side from which it cannot overshoot.
+    # straight below. From an upper bound, alpha <= gamma * rate, Newton cannot overshoot.
     start = jnp.minimum(log_rate + jnp.log(jnp.maximum(gamma, 1)), 0)
 
     def newton(_: int, log_alpha: Array) -> Array:
@@ -624,12 +566,12 @@ def _rate_inverse(rate: Array, gamma: Array) -> Array:
     return jnp.where(inside, jnp.exp(log_alpha), rate)
 
 
-@_rate_inverse.defjvp
-def _rate_inverse_jvp(
+@_rate_root.defjvp
+def _rate_root_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (_, gamma), (rate_dot, gamma_dot) = primals, tangents
-    alpha = _rate_inverse(*primals)
+    alpha = _rate_root(*primals)
     _, slope = jax.jvp(lambda a: _rate(a, gamma), (alpha,), (jnp.ones_like(alpha),))
     _, from_gamma = jax.jvp(lambda g: _rate(alpha, g), (gamma,), (gamma_dot,))
     return alpha, (rate_dot - from_gamma) / slope

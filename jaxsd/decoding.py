@@ -126,9 +126,7 @@ def speculative(
             sampling=sampling,
             target_cache=cache,
             drafter_state=drafter.prefill(params, state, tokens[:, :width], lengths),
-            stats=Statistics(
-                zeros, zeros, zeros, jnp.zeros((batch_size, num_tokens), jnp.int32)
-            ),
+            stats=Statistics(zeros, zeros, zeros, jnp.zeros((batch_size, num_tokens), jnp.int32)),
         )
 
     def step(params: Params, state: DecodeState) -> tuple[DecodeState, StepInfo]:
@@ -348,7 +346,9 @@ def _as_integers(name: str, value: ArrayLike) -> Any:
     try:
         array = value if isinstance(value, jax.Array) else np.asarray(value)
     except ValueError as error:  # rows of different lengths
-        raise ValueError(f"{name} must be a rectangular array of integers, padded: {error}") from error
+        raise ValueError(
+            f"{name} must be a rectangular array of integers, padded: {error}"
+        ) from error
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {array.dtype}; wanted integers")
     return array.astype(np.int32)
@@ -393,7 +393,9 @@ def _check_params(params: Params, drafter: Drafter) -> None:
     except TypeError:
         missing = list(wanted)
     if missing:
-        raise ValueError(f"params lacks {missing}; wanted a dict with the weights of {list(wanted)}")
+        raise ValueError(
+            f"params lacks {missing}; wanted a dict with the weights of {list(wanted)}"
+        )
 
 
 def _check_logits(logits: Array, block_shape: tuple[int, ...]) -> None:

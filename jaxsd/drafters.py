@@ -22,7 +22,12 @@ def no_drafter() -> Drafter:
         return ()
 
     def propose(
-        params: Params, state: tuple[()], tokens: Array, lengths: Array, keys: Array, sampling: Sampling
+        params: Params,
+        state: tuple[()],
+        tokens: Array,
+        lengths: Array,
+        keys: Array,
+        sampling: Sampling,
     ) -> Proposal:
         del params, lengths, keys, sampling
         empty = jnp.zeros((tokens.shape[0], 0), jnp.int32)
@@ -62,7 +67,12 @@ def model_drafter(model: LanguageModel, num_tokens: int, *, name: str = "draft")
         return cache
 
     def propose(
-        params: Params, state: object, tokens: Array, lengths: Array, keys: Array, sampling: Sampling
+        params: Params,
+        state: object,
+        tokens: Array,
+        lengths: Array,
+        keys: Array,
+        sampling: Sampling,
     ) -> Proposal:
         def draw(logits: Array, index: Array | int) -> tuple[Array, Array]:
             step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
@@ -129,7 +139,12 @@ def prompt_lookup(num_tokens: int, *, max_ngram: int = 3, min_ngram: int = 1) ->
         return ()
 
     def propose(
-        params: Params, state: tuple[()], tokens: Array, lengths: Array, keys: Array, sampling: Sampling
+        params: Params,
+        state: tuple[()],
+        tokens: Array,
+        lengths: Array,
+        keys: Array,
+        sampling: Sampling,
     ) -> Proposal:
         del params, keys, sampling
         drafted, proposed = jax.vmap(lookup)(tokens, lengths)

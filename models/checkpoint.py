@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -36,7 +36,7 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_EXPORT_DTYPES = {"float32": _DTYPES["F32"], "bfloat16": _DTYPES["BF16"]}
+EXPORT_DTYPES = {"float32": _DTYPES["F32"], "bfloat16": _DTYPES["BF16"]}
 
 
 # -- model folders --------------------------------------------------------------------------------
@@ -77,12 +77,12 @@ def save_model(
       ValueError: unknown dtype, parameters that do not fit the config, non-finite parameters, or a
         tokenizer of another size.
     """
-    if dtype not in _EXPORT_DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(_EXPORT_DTYPES)}")
+    if dtype not in EXPORT_DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(EXPORT_DTYPES)}")
     folder = pathlib.Path(folder).absolute()
     with np.errstate(over="ignore"):  # an overflow in the cast is found as a value not finite
         tensors = {
-            name: np.asarray(leaf).astype(_EXPORT_DTYPES[dtype])
+            name: np.asarray(leaf).astype(EXPORT_DTYPES[dtype])
             for name, leaf in _flatten(params).items()
         }
     problems = _tensor_problems(config, tensors)
@@ -93,11 +93,7 @@ def save_model(
     if problems:
         raise ValueError(f"cannot save model {str(folder)!r}: {'; '.join(problems)}")
 
-    temporary = _fresh_sibling(folder, "writing")
-    temporary.mkdir(parents=True)
     weights = safetensors.numpy.save(tensors, {"format": "jaxsd"})
-    _write_bytes(temporary / WEIGHTS_FILE, weights)
-    tokenizer.save(temporary)
     content = {
         "format": MODEL_FORMAT,
         "config": dataclasses.asdict(config),
@@ -109,7 +105,14 @@ def save_model(
         },
         "metadata": {**(metadata or {}), "tokenizer_fingerprint": tokenizer.fingerprint()},
     }
-    _write_bytes(temporary / CONFIG_FILE, _json_bytes(content))
+    config_bytes = _json_bytes(content)
+
+    temporary = _hidden_sibling(folder, "writing")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed here
+    temporary.mkdir(parents=True)
+    _write_bytes(temporary / WEIGHTS_FILE, weights)
+    tokenizer.save(temporary)
+    _write_bytes(temporary / CONFIG_FILE, config_bytes)
     _sync_folder(temporary)
     _replace_folder(temporary, folder)
 
@@ -144,7 +147,7 @@ def load_model(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Pretraine
     if problems or config is None or tensors is None or metadata is None or tokenizer is None:
         raise ValueError(f"cannot load model {str(folder)!r}: {'; '.join(problems)}")
     arrays = {
-        name: jnp.asarray(tensor if dtype is None else tensor.astype(dtype))
+        name: jnp.asarray(tensor if dtype is None else tensor.astype(jnp.dtype(dtype)))
         for name, tensor in tensors.items()
     }
     return Pretrained(config, _unflatten(arrays), tokenizer, metadata)
@@ -248,7 +251,13 @@ def _read_weights(
 
 
 def _tensor_problems(config: Config, tensors: Mapping[str, np.ndarray]) -> list[str]:
-    expected = _flatten(abstract_params(config))
+    # Before anything is built: a damaged config can ask for more layers than memory holds.
+    if config.n_layers > len(tensors):
+        return [f"{len(tensors)} tensors cannot hold n_layers={config.n_layers}"]
+    try:
+        expected = _flatten(abstract_params(config))
+    except (OverflowError, TypeError, ValueError) as error:
+        return [f"no parameters have the shape of the config ({error})"]
     problems = []
     if missing := sorted(expected.keys() - tensors.keys()):
         problems.append(f"missing tensors {', '.join(missing)}")
@@ -349,7 +358,7 @@ def save_checkpoint(
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(target, state)
     manifest = {"step": step, "extra": dict(extra or {}), "files": _describe_files(target)}
-    temporary = _fresh_sibling(_manifest_path(target), "writing")
+    temporary = _hidden_sibling(_manifest_path(target), "writing")
     _write_bytes(temporary, _json_bytes(manifest))
     os.replace(temporary, _manifest_path(target))
     _sync_folder(folder)
@@ -414,15 +423,20 @@ def _finished_steps(folder: pathlib.Path) -> list[int]:
 
 
 def _delete_old(folder: pathlib.Path, keep: int) -> None:
-    kept = {f"{step:08d}" for step in _finished_steps(folder)[-keep:]}
-    for path in folder.iterdir():
-        if path.name.split(".")[0] not in kept:
-            # The manifest first: a step folder without one does not count.
-            if path.is_dir():
-                _manifest_path(path).unlink(missing_ok=True)
-                shutil.rmtree(path, ignore_errors=True)
-            elif not path.with_name(path.name.split(".")[0]).is_dir():
-                path.unlink(missing_ok=True)
+    """Deletes the older checkpoints and what interrupted saves have left; no other file."""
+    steps = _finished_steps(folder)[-keep:]
+    kept = {name for step in steps for name in (f"{step:08d}", f"{step:08d}.manifest.json")}
+    unwanted = [
+        path
+        for path in folder.iterdir()
+        if path.name not in kept and re.fullmatch(r"\.?\d{8,}(\..*)?", path.name)
+    ]
+    # Manifests first: a step folder without one does not count, one with half its files would.
+    for path in sorted(unwanted, key=lambda path: path.is_dir()):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _manifest_path(target: pathlib.Path) -> pathlib.Path:
@@ -448,8 +462,9 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode("utf-8")
 
 
-def _fresh_sibling(path: pathlib.Path, purpose: str) -> pathlib.Path:
-    return path.with_name(f".{path.name}.{purpose}-{os.getpid()}-{os.urandom(4).hex()}")
+def _hidden_sibling(path: pathlib.Path, purpose: str) -> pathlib.Path:
+    """Always the same name, so that what a killed process left is found and not piled up."""
+    return path.with_name(f".{path.name}.{purpose}")
 
 
 def _write_bytes(path: pathlib.Path, data: bytes) -> None:
@@ -472,11 +487,10 @@ def _sync_folder(folder: pathlib.Path) -> None:
 
 def _replace_folder(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Renames `source` to `folder`. One that is there is moved aside first, then deleted."""
-    old = None
+    old = _hidden_sibling(folder, "old")
     if folder.exists():
-        old = _fresh_sibling(folder, "old")
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(source, folder)
     _sync_folder(folder.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

@@ -53,9 +53,7 @@ class Config:
             problems.append(f"tie_embeddings={self.tie_embeddings!r} must be true or false")
         if not problems:
             if self.n_heads % self.n_kv_heads:
-                problems.append(
-                    f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}"
-                )
+                problems.append(f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}")
             if self.head_dim % 2:
                 problems.append(f"head_dim={self.head_dim} must be even")
         if problems:

@@ -14,8 +14,8 @@ import json
 import os
 import pathlib
 import sysconfig
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -76,7 +76,7 @@ def read_files(
       the latter counted.
 
     Raises:
-      ValueError: the folder does not exist or holds no such text.
+      ValueError: the folder does not exist or holds no such text, or a file cannot be read.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -94,12 +94,13 @@ def read_files(
         except UnicodeDecodeError:
             num_skipped += 1
             continue
+        except OSError as error:
+            raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from error
         if text:
             documents.append(Document(relative, text))
     if not documents:
-        raise ValueError(
-            f"corpus folder {str(folder)!r} holds no UTF-8 text file ending in {', '.join(suffixes)}"
-        )
+        endings = ", ".join(suffixes)
+        raise ValueError(f"corpus folder {str(folder)!r} holds no UTF-8 file ending in {endings}")
     return Files(documents, num_skipped)
 
 
@@ -129,7 +130,8 @@ class Tokenizer(Protocol):
     """What training, checkpoints and the command line need of a tokenizer.
 
     `decode(encode(text)) == text` for every text that UTF-8 can hold. `encode` never returns
-    `eos_id`, not even for a text that spells the marker out.
+    `eos_id`, not even for a text that spells the marker out, and raises ValueError for a text
+    that UTF-8 cannot hold (lone surrogates).
     """
 
     @property
@@ -207,22 +209,23 @@ class BPETokenizer:
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
+        if problems := _bpe_problems(json.loads(tokenizer.to_str())):
+            raise ValueError("; ".join(problems))
         # Otherwise a document that spells the marker out would be cut in two, and not read back.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self._token_bytes = _bpe_token_bytes(tokenizer)
         self.vocab_size: int = tokenizer.get_vocab_size()
-        eos_id = tokenizer.token_to_id(END_OF_TEXT)
-        if eos_id is None:
-            raise ValueError(f"the tokenizer has no {END_OF_TEXT} token")
-        self.eos_id: int = eos_id
+        self.eos_id: int = tokenizer.get_vocab()[END_OF_TEXT]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; see `Tokenizer.encode`."""
-        return self._tokenizer.encode(text).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on several threads."""
+        for text in texts:
+            text.encode("utf-8")  # the library calls a lone surrogate a TypeError
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -322,6 +325,31 @@ def _fingerprint(content: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def _bpe_problems(content: Mapping[str, Any]) -> list[str]:
+    """What in a `tokenizer.json` would make encoding lossy or ids mean something else."""
+    model = content.get("model") or {}
+    words = content.get("pre_tokenizer") or {}
+    added = [token.get("content") for token in content.get("added_tokens") or []]
+    required = (
+        ("model.type", model.get("type"), "BPE"),
+        ("model.dropout", model.get("dropout"), None),
+        ("model.unk_token", model.get("unk_token"), None),
+        ("model.continuing_subword_prefix", model.get("continuing_subword_prefix"), None),
+        ("model.end_of_word_suffix", model.get("end_of_word_suffix"), None),
+        ("pre_tokenizer.type", words.get("type"), "ByteLevel"),
+        ("pre_tokenizer.add_prefix_space", words.get("add_prefix_space"), False),
+        ("normalizer", content.get("normalizer"), None),
+        ("truncation", content.get("truncation"), None),
+        ("padding", content.get("padding"), None),
+        ("added_tokens", added, [END_OF_TEXT]),
+    )
+    return [
+        f"{name} is {found!r}, not {wanted!r}"
+        for name, found, wanted in required
+        if found != wanted
+    ]
+
+
 def _bpe_token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
     """Bytes of each id, from the printable characters that stand for them in the vocabulary."""
     byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
@@ -400,8 +428,13 @@ def encode_corpus(
 
 
 def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
-    encoded = tokenizer.encode_batch([document.text for document in documents])
-    return np.concatenate([np.array([*ids, tokenizer.eos_id], np.int32) for ids in encoded])
+    encoded: list[np.ndarray] = []
+    # A few documents at a time: lists of Python integers are ten times as large as the array.
+    for start in range(0, len(documents), 256):
+        texts = [document.text for document in documents[start : start + 256]]
+        for ids in tokenizer.encode_batch(texts):
+            encoded.append(np.array([*ids, tokenizer.eos_id], np.int32))
+    return np.concatenate(encoded)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,12 +1,15 @@
 """Training a model on a token stream: the step, the schedule, and a run that can be killed.
 
 A run is a folder. Its state (parameters, optimiser, step) is checkpointed, the batch of a step
-depends on seed and step only, and the compiled step is deterministic on one machine: stopped
-anywhere and started again, a run ends in exactly the parameters it would have ended in.
+depends on seed and step only, and the compiled step is deterministic on one CPU or TPU: stopped
+anywhere and started again, a run ends in exactly the parameters it would have ended in. (A GPU
+adds in any order unless XLA_FLAGS holds --xla_gpu_deterministic_ops=true.)
 """
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -30,6 +33,7 @@ LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 
 _COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_SECONDS_PER_LINE = 30.0
 # What may differ between a run and its continuation: none of it reaches the parameters.
 _FREE_FIELDS = ("eval_every", "eval_batches", "checkpoint_every", "log_every")
 
@@ -124,7 +128,7 @@ class Teacher(NamedTuple):
 class TrainState(NamedTuple):
     """Everything a run needs to go on."""
 
-    params: dict[str, Any]  # float32
+    params: Any  # nested dict, float32
     optimizer: optax.OptState
     step: Array  # [] int32, finished steps
 
@@ -253,15 +257,17 @@ def loss(
     return (1.0 - distill_weight) * nats + distill_weight * divergence, nats
 
 
+@functools.lru_cache(maxsize=8)
 def make_step(
     config: Config, train_config: TrainConfig, teacher_config: Config | None = None
-) -> Callable[[TrainState, Array, Any], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, Array | np.ndarray, Any], tuple[TrainState, dict[str, Array]]]:
     """The compiled optimiser step.
 
     Returns:
       `step(state, windows [batch_size, sequence_length + 1], teacher_params or None)` to the next
       state and the scalars "loss" (what is minimised), "nats" (cross entropy) and
-      "gradient_norm". The state given is donated: its buffers are gone afterwards.
+      "gradient_norm". The state given is donated: its buffers are gone afterwards. Equal
+      arguments get the same function, compiled once.
     """
     optimizer = make_optimizer(train_config)
     num_micro = train_config.accumulation
@@ -315,11 +321,7 @@ def make_evaluation(
 ) -> Callable[[Mapping[str, Any]], Evaluation]:
     """A function from parameters to their loss on fixed windows `[N, T + 1]`, in float32."""
     num_bytes = np.array([len(piece) for piece in tokenizer.token_bytes()])
-
-    @jax.jit
-    def total_nats(params, windows):
-        logits = transformer.forward(config, params, windows[:, :-1])
-        return jnp.sum(cross_entropy(logits, windows[:, 1:]))
+    total_nats = _make_total_nats(config)
 
     def evaluate(params: Mapping[str, Any]) -> Evaluation:
         nats = 0.0
@@ -330,6 +332,16 @@ def make_evaluation(
         return Evaluation(nats / labels.size, nats / total_bytes, labels.size)
 
     return evaluate
+
+
+@functools.lru_cache(maxsize=8)
+def _make_total_nats(config: Config) -> Callable[[Mapping[str, Any], Array | np.ndarray], Array]:
+    @jax.jit
+    def total_nats(params, windows):
+        logits = transformer.forward(config, params, windows[:, :-1])
+        return jnp.sum(cross_entropy(logits, windows[:, 1:]))
+
+    return total_nats
 
 
 def _cast(params: Mapping[str, Any], dtype: Any) -> Any:
@@ -363,7 +375,8 @@ def train(
       data: tokens to learn from and tokens to be evaluated on.
       tokenizer: that made them.
       teacher: model to imitate if `train_config.distill_weight` is above 0; same vocabulary.
-      on_checkpoint: called after each checkpoint with the state and a JSON summary of the run.
+      on_checkpoint: called after each checkpoint, and with the one a run is continued from, with
+        the state and a JSON summary of the run.
       show_progress: a progress bar on a terminal, else a line every 30 seconds, on stderr.
 
     Returns:
@@ -376,6 +389,7 @@ def train(
     """
     folder = pathlib.Path(folder)
     _check_sizes(config, train_config, tokenizer, teacher)
+    tokens_per_step = train_config.batch_size * train_config.sequence_length
     batches = corpus.Batches(
         data.train, train_config.batch_size, train_config.sequence_length, train_config.seed
     )
@@ -387,11 +401,13 @@ def train(
     _claim_folder(folder, _describe_run(config, train_config, data, tokenizer, teacher))
     state, extra = _restore_or_init(folder, config, train_config)
     start = int(state.step)
+    if extra and on_checkpoint is not None:
+        # The process may have been killed between the checkpoint and this call.
+        on_checkpoint(state, {"step": start, "tokens": start * tokens_per_step, **extra})
     log = _Log(folder / LOG_FILE, start)
     step_fn = make_step(config, train_config, None if teacher is None else teacher.config)
     evaluate = make_evaluation(config, tokenizer, evaluation_windows, train_config.batch_size)
     teacher_params = None if teacher is None else teacher.params
-    tokens_per_step = train_config.batch_size * train_config.sequence_length
 
     clock = _Clock(extra.get("seconds", 0.0))
     train_loss = extra.get("train_loss") or math.nan
@@ -444,7 +460,9 @@ def train(
                 }
                 checkpoint.save_checkpoint(folder / CHECKPOINTS, step, state, extra=summary)
                 if on_checkpoint is not None:
-                    on_checkpoint(state, {"step": step, "tokens": step * tokens_per_step, **summary})
+                    on_checkpoint(
+                        state, {"step": step, "tokens": step * tokens_per_step, **summary}
+                    )
     if held_out is None:
         held_out = evaluate(state.params)
     return TrainResult(
@@ -579,14 +597,19 @@ def _progress(
 ) -> Iterator[Callable[[int, float, Evaluation | None], None]]:
     """Yields `report(step, nats, held_out)`."""
     begin = time.monotonic()
+    # Of the last steps only, and from the end of the first: it compiles.
+    marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=100)
 
     def line(step: int, nats: float, held_out: Evaluation | None) -> str:
-        rate = (step - start) / max(time.monotonic() - begin, 1e-9)
         text = f"loss {nats:.3f}"
         if held_out is not None:
             text += f"  held out {held_out.nats_per_token:.3f} ({held_out.nats_per_byte:.3f}/byte)"
-        left = (steps - step) / max(rate, 1e-9)
-        minutes, seconds = divmod(round(left), 60)
+        marks.append((time.monotonic(), step))
+        (first_time, first_step), (last_time, _) = marks[0], marks[-1]
+        if step == first_step:
+            return text
+        rate = (step - first_step) / max(last_time - first_time, 1e-9)
+        minutes, seconds = divmod(round((steps - step) / rate), 60)
         return f"{text}  {rate * tokens_per_step:,.0f} tokens/s  {minutes}:{seconds:02d} left"
 
     if not show:
@@ -611,10 +634,9 @@ def _progress(
 
         def report(step: int, nats: float, held_out: Evaluation | None) -> None:
             nonlocal last
-            now = time.monotonic()
-            if now - last >= 30 or step == steps or step == start + 1:
-                last = now
-                print(f"step {step}/{steps}  {line(step, nats, held_out)}", file=sys.stderr)
-                sys.stderr.flush()
+            text = line(step, nats, held_out)
+            if time.monotonic() - last >= _SECONDS_PER_LINE or step in (start + 1, steps):
+                last = time.monotonic()
+                print(f"step {step}/{steps}  {text}", file=sys.stderr, flush=True)
 
         yield report

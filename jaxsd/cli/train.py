@@ -6,9 +6,10 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from jaxsd.models import checkpoint, configs, corpus, training, transformer
+from jaxsd.models import checkpoint, configs, training, transformer
+from jaxsd.models import corpus as corpus_lib
 
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 
@@ -16,7 +17,7 @@ TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 def train(
     out: str,
     config: str = "tiny",
-    corpus_folder: str | None = None,
+    corpus: str | None = None,
     suffixes: Sequence[str] | None = None,
     tokenizer: str = "bpe",
     vocab_size: int = 2048,
@@ -37,7 +38,7 @@ def train(
     b2: float = 0.95,
     clip_norm: float = 1.0,
     accumulation: int = 1,
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     distill_from: str | None = None,
     distill_weight: float = 0.5,
     seed: int = 0,
@@ -45,7 +46,7 @@ def train(
     eval_batches: int = 16,
     checkpoint_every: int = 500,
     log_every: int = 10,
-    export_dtype: str = "bfloat16",
+    export_dtype: Literal["float32", "bfloat16"] = "bfloat16",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains a transformer on a folder of text.
@@ -56,7 +57,7 @@ def train(
     Args:
       out: folder of this run.
       config: name of a shape; the sizes below change it.
-      corpus_folder: folder of text; by default Python's standard library on this machine.
+      corpus: folder of text; by default Python's standard library on this machine.
       suffixes: endings of the files to read; by default .py, .md, .rst and .txt.
       tokenizer: "bpe", "bytes", or the folder of a model whose tokenizer to use. A draft and its
         target must share one.
@@ -117,7 +118,10 @@ def train(
         checkpoint_every=checkpoint_every,
         log_every=log_every,
     )
-    files, description = _read_corpus(corpus_folder, suffixes)
+    if export_dtype not in checkpoint.EXPORT_DTYPES:
+        wanted = ", ".join(checkpoint.EXPORT_DTYPES)
+        raise ValueError(f"export_dtype={export_dtype!r} must be one of {wanted}")
+    files, description = _read_corpus(corpus, suffixes)
     pieces = _make_tokenizer(tokenizer, vocab_size, files)
     sizes = {
         "d_model": d_model,
@@ -132,7 +136,7 @@ def train(
         configs.CONFIGS[config], vocab_size=pieces.vocab_size, **changes
     )
     teacher = None if distill_from is None else _load_teacher(distill_from, pieces)
-    data = corpus.encode_corpus(files, pieces)
+    data = corpus_lib.encode_corpus(files, pieces)
     num_parameters = transformer.num_parameters(model_config)
     summary = {
         "parameters": num_parameters,
@@ -156,15 +160,15 @@ def train(
 
     folder = pathlib.Path(out)
 
-    def export(state: training.TrainState, progress: dict[str, Any]) -> None:
-        progress = {name: value for name, value in progress.items() if name != "recent"}
+    def export(state: training.TrainState, status: dict[str, Any]) -> None:
+        status = {name: value for name, value in status.items() if name != "recent"}
         checkpoint.save_model(
             folder / "model",
             model_config,
             state.params,
             pieces,
             dtype=export_dtype,
-            metadata={**summary, "progress": progress},
+            metadata={**summary, "progress": status},
         )
 
     result = training.train(
@@ -191,31 +195,31 @@ def train(
 
 def _read_corpus(
     folder: str | None, suffixes: Sequence[str] | None
-) -> tuple[corpus.Files, dict[str, Any]]:
+) -> tuple[corpus_lib.Files, dict[str, Any]]:
     if folder is None:
-        files = corpus.read_files(
-            corpus.standard_library(),
+        files = corpus_lib.read_files(
+            corpus_lib.standard_library(),
             suffixes or (".py",),
-            exclude=corpus.STANDARD_LIBRARY_EXCLUDE,
+            exclude=corpus_lib.STANDARD_LIBRARY_EXCLUDE,
         )
         version = ".".join(map(str, sys.version_info[:3]))
         return files, {"name": f"the standard library of Python {version}"}
-    files = corpus.read_files(folder, suffixes or TEXT_SUFFIXES)
+    files = corpus_lib.read_files(folder, suffixes or TEXT_SUFFIXES)
     return files, {"name": pathlib.Path(folder).name}
 
 
-def _make_tokenizer(name: str, vocab_size: int, files: corpus.Files) -> corpus.Tokenizer:
+def _make_tokenizer(name: str, vocab_size: int, files: corpus_lib.Files) -> corpus_lib.Tokenizer:
     if name == "bytes":
-        return corpus.ByteTokenizer()
+        return corpus_lib.ByteTokenizer()
     if name == "bpe":
-        documents, _ = corpus.split_documents(files.documents)
-        return corpus.train_bpe((document.text for document in documents), vocab_size)
+        documents, _ = corpus_lib.split_documents(files.documents)
+        return corpus_lib.train_bpe((document.text for document in documents), vocab_size)
     if not os.path.isdir(name):
         raise ValueError(f"tokenizer={name!r} must be 'bpe', 'bytes' or the folder of a model")
-    return corpus.load_tokenizer(name)
+    return corpus_lib.load_tokenizer(name)
 
 
-def _load_teacher(folder: str, tokenizer: corpus.Tokenizer) -> training.Teacher:
+def _load_teacher(folder: str, tokenizer: corpus_lib.Tokenizer) -> training.Teacher:
     teacher = checkpoint.load_model(folder)
     if teacher.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise ValueError(

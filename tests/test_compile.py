@@ -1,0 +1,164 @@
+"""What the compilers make of the loop: in place on CPU and TPU, and lowered for every platform.
+
+A copy of a whole cache inside the loop would cost more than the pass itself. XLA decides silently, so
+the compiled text is searched.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+
+import jaxsd
+from jaxsd import models
+
+TARGET = dataclasses.replace(models.CONFIGS["tiny"], n_layers=3)
+DRAFT = models.CONFIGS["tiny"]
+MAX_LEN = 240
+DRAFTERS = {
+    "none": jaxsd.no_drafter(),
+    "model": jaxsd.model_drafter(models.language_model(DRAFT), num_tokens=4),
+    "prompt_lookup": jaxsd.prompt_lookup(num_tokens=4),
+}
+
+
+def abstract_loop(drafter, batch_size, target=TARGET, dtype=jnp.float32):
+    """A decoder and the shapes its loop takes, nothing allocated."""
+    model = models.language_model(target, cache_dtype=dtype)
+    decoder = jaxsd.speculative(model, drafter, max_len=MAX_LEN)
+    params = {
+        "target": models.abstract_params(target, dtype),
+        "draft": models.abstract_params(DRAFT, jnp.float32),
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    prompts = jnp.zeros((batch_size, 16), jnp.int32)
+    state = jax.eval_shape(lambda p, k: decoder.init(p, prompts, None, k), params, key)
+    return decoder, params, state
+
+
+@functools.cache
+def compiled_loop(name, batch_size):
+    """The loop's optimised text on this machine's CPU, its parameters' and its state's shapes."""
+    decoder, params, state = abstract_loop(DRAFTERS[name], batch_size)
+    return decoder.run.lower(params, state).compile().as_text(), params, state
+
+
+def cache_copies(text, state):
+    """Lines of compiled text that copy an array of the shape of a target cache, anywhere."""
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.target_cache)}
+    patterns = [re.escape(f"[{','.join(map(str, shape))}]") for shape in shapes]
+    found = re.compile(rf"= \(?\w+({'|'.join(patterns)})\S* (copy|copy-start|transpose)\(")
+    return [line.strip() for line in text.splitlines() if found.search(line)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_compiled_loop_copies_no_cache_on_cpu(name, batch_size):
+    text, _, state = compiled_loop(name, batch_size)
+    assert "while(" in text
+    assert cache_copies(text, state) == []
+
+
+def test_search_for_copies_finds_a_planted_one():
+    """The same loop over a model that writes before it reads: the usual order, which XLA copies."""
+
+    class WriteFirst(models.TransformerLM):
+        def apply(self, params, tokens, positions, cache):
+            logits, cache = super().apply(params, tokens, positions, cache)
+            # A second use of the old buffer after the write leaves no order without a copy.
+            return logits, jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf + 0), cache)
+
+    decoder = jaxsd.speculative(WriteFirst(TARGET), DRAFTERS["none"], max_len=MAX_LEN)
+    _, params, state = abstract_loop(DRAFTERS["none"], 1)
+
+    def keep_old(params, state):
+        new, _ = decoder.step(params, state)
+        return new, state.target_cache
+
+    text = jax.jit(keep_old, donate_argnums=1).lower(params, state).compile().as_text()
+    assert cache_copies(text, state)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_every_cache_buffer_is_donated_to_the_loop(name):
+    text, params, state = compiled_loop(name, 1)
+    header = text[: text.index("entry_computation_layout")]
+    donated = {int(number) for number in re.findall(r"\((\d+), \{\}, (?:may|must)-alias\)", header)}
+    leaves = jax.tree.leaves((params, state))
+    caches = jax.tree.leaves((state.target_cache, state.drafter_state))
+    numbers = {i for i, leaf in enumerate(leaves) if any(leaf is one for one in caches)}
+    # Weights that this drafter does not use are not arguments of the program.
+    unused = len(leaves) - len(re.findall(r"parameter\(\d+\)", entry_computation(text)))
+    assert numbers
+    assert {number - unused for number in numbers} <= donated
+
+
+def entry_computation(text):
+    return text[text.index("\nENTRY ") :]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+def test_loop_and_prefill_lower_for(platform):
+    decoder, params, state = abstract_loop(DRAFTERS["model"], 2)
+    exported = jax.export.export(decoder.run, platforms=[platform])(params, state)
+    assert exported.platforms == (platform,)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    prompts = jnp.zeros((2, 16), jnp.int32)
+    prefill = jax.jit(lambda p, k: decoder.init(p, prompts, None, k))
+    assert jax.export.export(prefill, platforms=[platform])(params, key).platforms == (platform,)
+
+
+TPU_PROGRAM = """
+import jax, sys
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+sys.path.insert(0, {folder!r})
+import test_compile
+
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+mesh = Mesh(np.array(topology.devices[:1]), ("one",))
+place = NamedSharding(mesh, PartitionSpec())
+for batch_size in (1, 8):
+    decoder, params, state = test_compile.abstract_loop(
+        test_compile.DRAFTERS["model"], batch_size, dtype=test_compile.jnp.bfloat16
+    )
+    on_tpu = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    params, state = jax.tree.map(on_tpu, (params, state))
+    text = decoder.run.lower(params, state).compile().as_text()
+    assert "while(" in text
+    print(batch_size, len(test_compile.cache_copies(text, state)))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU compiler: pip install '.[tpu]'",
+)
+def test_loop_compiles_for_a_tpu_and_copies_no_cache(tmp_path):
+    """Ahead of time, without a TPU; in a process of its own, as libtpu locks what it opens."""
+    script = tmp_path / "compile_for_tpu.py"
+    script.write_text(TPU_PROGRAM.format(folder=str(pathlib.Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        },
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["1", "0", "8", "0"]

@@ -1,0 +1,160 @@
+"""The loss and acceptance laws against numbers worked out in plain Python, and their gradients."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsd import costmodel
+
+
+@pytest.mark.parametrize(
+    ("law", "constants"),
+    [
+        (costmodel.BESIROGLU, (1.8172, 482.01, 0.3478, 2085.43, 0.3658)),
+        (costmodel.HOFFMANN, (1.69, 406.4, 0.34, 410.7, 0.28)),
+    ],
+    ids=["besiroglu", "hoffmann"],
+)
+@pytest.mark.parametrize(("parameters", "tokens"), [(1e8, 1.8e11), (70553706496, 15e12)])
+def test_loss_is_the_printed_formula(law, constants, parameters, tokens):
+    """The library takes logarithms first; the test raises to powers as the papers print it."""
+    irreducible, a, a_exponent, b, b_exponent = constants
+    expected = irreducible + a / parameters**a_exponent + b / tokens**b_exponent
+    assert float(costmodel.loss(law, parameters, tokens)) == pytest.approx(expected, rel=1e-6)
+    with jax.enable_x64(True):
+        exact = float(costmodel.loss(law, parameters, tokens))
+        perplexity = float(costmodel.perplexity(law, parameters, tokens))
+    assert exact == pytest.approx(expected, rel=1e-14)
+    assert perplexity == pytest.approx(math.exp(expected), rel=1e-13)
+
+
+def test_loss_broadcasts_sizes_against_tokens():
+    sizes, tokens = np.array([1e8, 1e9, 1e10]), np.array([[1e11], [1e13]])
+    grid = costmodel.loss(costmodel.BESIROGLU, sizes, tokens)
+    assert grid.shape == (2, 3)
+    assert (np.diff(grid, axis=0) < 0).all()
+    assert (np.diff(grid, axis=1) < 0).all()
+
+
+def test_loss_takes_whatever_dtypes_it_is_given():
+    """Strict promotion is on in these tests; mixing dtypes in one call must still work."""
+    expected = 1.8172 + 482.01 / 7e10**0.3478 + 2085.43 / 1e12**0.3658
+    for size in (70_000_000_000, np.float64(7e10), jnp.float32(7e10), np.array([7e10], np.float32)):
+        value = costmodel.loss(costmodel.BESIROGLU, size, np.float64(1e12))
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_law_gradients_match_finite_differences():
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def alpha_of(constants):
+            loss = costmodel.LossLaw(*constants[:5])
+            law = costmodel.AcceptanceLaw(*constants[5:8])
+            draft = costmodel.perplexity(loss, jnp.exp(constants[8]), 1e12)
+            target = costmodel.perplexity(loss, 7e10, 1e13)
+            return costmodel.acceptance(law, draft, target)
+
+        point = np.array([*costmodel.BESIROGLU, *costmodel.SDSL_ACCEPTANCE[:3], math.log(3e8)])
+        gradient = np.asarray(jax.jit(jax.grad(alpha_of))(jnp.asarray(point)))
+        for i, value in enumerate(point):
+            step = np.zeros_like(point)
+            step[i] = 1e-6 * abs(value)
+            difference = float(alpha_of(point + step)) - float(alpha_of(point - step))
+            assert gradient[i] == pytest.approx(difference / (2 * step[i]), rel=1e-6), i
+
+
+def test_acceptance_is_the_affine_law_inside():
+    """Not one bit of a published alpha may change: the clip is the identity between its margins."""
+    law = costmodel.SDSL_ACCEPTANCE
+    with jax.enable_x64(True):
+        draft = jnp.linspace(5.0, 95.0, 200)
+        affine = law.draft_slope * draft + law.target_slope * 10.0 + law.intercept
+        assert float(affine.min()) > 0.01
+        np.testing.assert_array_equal(costmodel.acceptance(law, draft, 10.0), affine)
+
+
+def test_sdsl_constants_are_table_3():
+    assert costmodel.SDSL.acceptance._asdict() == {
+        "draft_slope": -0.0067,
+        "target_slope": 0.012971,
+        "intercept": 0.642084,
+        "draft_slope_error": 0.000607,
+        "target_slope_error": 0.001545,
+        "intercept_error": 0.021228,
+    }
+    assert costmodel.SDSL.loss == costmodel.BESIROGLU
+
+
+@pytest.mark.parametrize("perplexity", [95.0, 1e2, 1e3, 1e4, 1e6])
+def test_acceptance_of_a_hopeless_draft_is_positive_and_has_a_gradient(perplexity):
+    """A hard clip would leave the search without a direction there."""
+    value, slope = jax.value_and_grad(costmodel.acceptance, argnums=1)(
+        costmodel.SDSL_ACCEPTANCE, perplexity, 7.0
+    )
+    assert 0 < value < 0.1
+    assert -0.0067 * 1.0001 < slope < 0
+
+
+@pytest.mark.parametrize("intercept", [0.95, 0.98, 0.99, 1.0, 2.0, 30.0])
+def test_acceptance_stays_below_one_with_a_gradient(intercept):
+    law = costmodel.AcceptanceLaw(draft_slope=-0.01, target_slope=0.0, intercept=intercept)
+    value, slope = jax.value_and_grad(costmodel.acceptance, argnums=1)(law, 1.0, 1.0)
+    assert 0.9 < value < 1
+    assert -0.01 * 1.0001 < slope < 0
+
+
+def test_acceptance_is_smooth_and_monotone_through_both_margins():
+    law = costmodel.AcceptanceLaw(draft_slope=-1e-3, target_slope=0.0, intercept=1.2)
+    with jax.enable_x64(True):
+        slope_of = jax.jit(jax.vmap(jax.grad(lambda x: costmodel.acceptance(law, x, 1.0))))
+        for margin in (210.0, 1190.0):  # where the affine law is 0.99 and 0.01
+            below, above = slope_of(jnp.array([margin - 1e-3, margin + 1e-3]))
+            assert float(below) == pytest.approx(float(above), rel=1e-3)
+        alpha = costmodel.acceptance(law, jnp.linspace(1.0, 3000.0, 5000), 1.0)
+        assert (np.diff(alpha) < 0).all()
+
+
+def test_hopeless_losses_keep_every_gradient_finite():
+    """Three training tokens: the perplexity would overflow float32, and masks would not help."""
+
+    def alpha(tokens):
+        draft = costmodel.perplexity(costmodel.BESIROGLU, 1e9, tokens)
+        return costmodel.acceptance(costmodel.SDSL_ACCEPTANCE, draft, 7.0)
+
+    assert np.isfinite(costmodel.perplexity(costmodel.BESIROGLU, 1e9, 3.0))
+    assert np.isfinite(jax.jit(jax.grad(alpha))(3.0))
+    assert np.isfinite(jax.jit(jax.grad(jax.grad(alpha)))(3.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: costmodel.loss(costmodel.BESIROGLU, 0, 1e9), "parameters=0 must be positive"),
+        (lambda: costmodel.loss(costmodel.BESIROGLU, 1e9, -1.0), "tokens=-1 must be positive"),
+        (lambda: costmodel.perplexity(costmodel.BESIROGLU, math.nan, 1e9), "parameters=nan"),
+        (
+            lambda: costmodel.loss(costmodel.BESIROGLU._replace(tokens_exponent=-0.3), 1e9, 1e9),
+            "LossLaw.tokens_exponent=-0.3",
+        ),
+        (
+            lambda: costmodel.acceptance(costmodel.SDSL_ACCEPTANCE, 0.5, 7.0),
+            "draft_perplexity=0.5 must be at least 1",
+        ),
+        (
+            lambda: costmodel.acceptance(costmodel.SDSL_ACCEPTANCE, [9.0, 0.5], 7.0),
+            r"draft_perplexity=0.5 \(in an array of shape \(2,\)\)",
+        ),
+        (
+            lambda: costmodel.acceptance(costmodel.AcceptanceLaw(math.nan, 0.0, 0.5), 9.0, 7.0),
+            "AcceptanceLaw.draft_slope=nan must be finite",
+        ),
+    ],
+)
+def test_wrong_numbers_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

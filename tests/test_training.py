@@ -1,0 +1,493 @@
+"""Training: the numbers of a step, and a run that ends the same however often it is killed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsd.cli import train as command
+from jaxsd.models import Config, checkpoint, corpus, forward, init_params, training
+
+CONFIG = Config(
+    vocab_size=257, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32
+)
+TOKENIZER = corpus.ByteTokenizer()
+STEPS = 12
+SETTINGS = training.TrainConfig(
+    steps=STEPS,
+    batch_size=4,
+    sequence_length=16,
+    learning_rate=3e-3,
+    warmup_steps=3,
+    eval_every=5,
+    eval_batches=2,
+    checkpoint_every=4,
+    log_every=3,
+)
+
+
+def replace(**changes):
+    return training.TrainConfig(**{**vars(SETTINGS), **changes})
+
+
+@pytest.fixture(scope="module")
+def data():
+    documents = [
+        corpus.Document(f"module_{i}.py", f"def add_{i}(a, b):\n    return a + b * {i}\n")
+        for i in range(40)
+    ]
+    return corpus.encode_corpus(corpus.Files(documents, 0), TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def windows(data):
+    return corpus.Batches(data.train, 4, 16)(0)
+
+
+def run(folder, data, settings=SETTINGS, **arguments):
+    arguments = {"show_progress": False, **arguments}
+    return training.train(folder, CONFIG, settings, data, TOKENIZER, **arguments)
+
+
+def read_log(folder):
+    lines = [json.loads(line) for line in (folder / training.LOG_FILE).read_text().splitlines()]
+    return [{key: line[key] for key in line if key != "seconds"} for line in lines]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# -- the step
+
+
+def test_the_schedule_warms_up_peaks_and_ends():
+    schedule = training.learning_rate_schedule(replace(final_learning_rate=0.1))
+    rates = [float(schedule(jnp.float32(step))) for step in range(STEPS + 3)]
+    # A cosine from the peak at 3 to a tenth of it at 12, from its definition.
+    expected = [
+        3e-3 * (step / 3 if step < 3 else 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 3) / 9)))
+        for step in range(STEPS + 1)
+    ]
+    np.testing.assert_allclose(rates[: STEPS + 1], expected, rtol=1e-5, atol=1e-9)
+    assert rates[0] == 0
+    np.testing.assert_allclose(rates[STEPS:], 3e-4, rtol=1e-5)
+
+
+def test_weight_decay_spares_norm_scales(params):
+    """With a gradient of zero, AdamW's update is the decay alone."""
+    optimizer = training.make_optimizer(replace(weight_decay=0.5, warmup_steps=0))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for update, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        expected = -3e-3 * 0.5 * leaf if leaf.ndim >= 2 else jnp.zeros_like(leaf)
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+    assert {leaf.ndim for leaf in jax.tree.leaves(params)} > {1, 2}
+
+
+def test_the_loss_is_the_negative_log_likelihood(params, windows):
+    total, nats = training.loss(CONFIG, params, windows)
+    logits = np.asarray(forward(CONFIG, params, jnp.asarray(windows[:, :-1])), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.mean(np.take_along_axis(log_probs, windows[:, 1:, None], -1))
+    np.testing.assert_allclose([total, nats], expected, rtol=1e-5)
+
+
+def test_the_distillation_loss_is_a_divergence():
+    rng = np.random.default_rng(0)
+    teacher, student = rng.normal(size=(2, 5, 11)).astype(np.float32) * 3
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher, student))
+    expected = (p * np.log(p / q)).sum(-1)
+    np.testing.assert_allclose(training.distillation_loss(teacher, student), expected, rtol=1e-4)
+    assert (expected > 0.1).all()
+    np.testing.assert_allclose(training.distillation_loss(teacher, teacher), 0, atol=1e-6)
+    # Its gradient is q - p: the minimum over students is the teacher itself.
+    gradient = jax.grad(lambda s: training.distillation_loss(teacher, s).sum())(student)
+    np.testing.assert_allclose(gradient, q - p, atol=1e-5)
+    flow = jax.grad(lambda t: training.distillation_loss(t, student).sum())(teacher)
+    np.testing.assert_array_equal(flow, 0)
+
+
+def test_the_two_losses_are_mixed_by_weight(params, windows):
+    teacher = training.Teacher(CONFIG, init_params(CONFIG, jax.random.key(4)))
+    _, nats = training.loss(CONFIG, params, windows)
+    mixed = {
+        weight: training.loss(CONFIG, params, windows, teacher=teacher, distill_weight=weight)
+        for weight in (0.0, 0.25, 1.0)
+    }
+    divergence = mixed[1.0][0]
+    assert float(divergence) > 0.01
+    np.testing.assert_allclose(mixed[0.0][0], nats, rtol=1e-6)
+    np.testing.assert_allclose(mixed[0.25][0], 0.75 * nats + 0.25 * divergence, rtol=1e-5)
+    assert all(float(part) == float(nats) for _, part in mixed.values())
+
+
+def test_accumulation_equals_the_big_batch(windows):
+    """Up to rounding: one step of plain gradient descent would show any difference at once."""
+    results = []
+    for accumulation in (1, 2, 4):
+        settings = replace(accumulation=accumulation, clip_norm=1e9)
+        step = training.make_step(CONFIG, settings)
+        results.append(step(training.init_state(CONFIG, settings), windows, None))
+    (state, metrics), *others = results
+    # The first moment is (1 - b1) times the gradient: the gradient before Adam hides its scale.
+    (moment,) = (s.mu for s in jax.tree.leaves(state.optimizer, is_leaf=is_adam) if is_adam(s))
+    for other, other_metrics in others:
+        (other_moment,) = (
+            s.mu for s in jax.tree.leaves(other.optimizer, is_leaf=is_adam) if is_adam(s)
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+            moment,
+            other_moment,
+        )
+        for name in ("loss", "nats", "gradient_norm"):
+            np.testing.assert_allclose(metrics[name], other_metrics[name], rtol=1e-5)
+    assert float(metrics["gradient_norm"]) > 0.1
+
+
+def is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def test_the_gradient_is_clipped(windows):
+    settings = replace(clip_norm=1e-3)
+    state, metrics = training.make_step(CONFIG, settings)(
+        training.init_state(CONFIG, settings), windows, None
+    )
+    (moment,) = (s.mu for s in jax.tree.leaves(state.optimizer, is_leaf=is_adam) if is_adam(s))
+    norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(moment)))
+    np.testing.assert_allclose(norm, (1 - settings.b1) * 1e-3, rtol=1e-4)
+    assert float(metrics["gradient_norm"]) > 0.1
+
+
+def test_bfloat16_computes_nearly_the_same_and_keeps_float32_parameters(windows):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        settings = replace(dtype=dtype)
+        state, metrics = training.make_step(CONFIG, settings)(
+            training.init_state(CONFIG, settings), windows, None
+        )
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+        losses.append(float(metrics["nats"]))
+    # Eight bits of mantissa: a relative error of 2^-9 per rounding, averaged over 64 tokens.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)
+    assert losses[0] != losses[1]
+
+
+def test_evaluation_counts_bytes_of_text_and_not_its_ends(params, data):
+    windows = corpus.held_out_windows(data.held_out, 5, 16)
+    found = training.make_evaluation(CONFIG, TOKENIZER, windows, 2)(params)
+    _, nats = training.loss(CONFIG, params, windows)
+    np.testing.assert_allclose(found.nats_per_token, nats, rtol=1e-5)
+    assert found.num_tokens == windows[:, 1:].size
+    num_ends = int((windows[:, 1:] == TOKENIZER.eos_id).sum())
+    assert num_ends > 0
+    total = found.nats_per_token * found.num_tokens
+    np.testing.assert_allclose(found.nats_per_byte, total / (found.num_tokens - num_ends))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be above 0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be above 0"),
+        ({"warmup_steps": STEPS}, "warmup_steps=12 must be below steps=12"),
+        ({"accumulation": 3}, "accumulation=3 must divide batch_size=4"),
+        ({"dtype": "float16"}, "dtype='float16' must be one of float32, bfloat16"),
+        ({"distill_weight": 1.5, "b1": 1.0}, r"distill_weight=1.5 .*; b1=1.0 must be in \[0, 1\)"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(**changes)
+
+
+# -- the run
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder, data)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the package may catch it."""
+
+
+def test_a_run_logs_every_step_it_should(whole_run):
+    folder, result = whole_run
+    lines = read_log(folder)
+    assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines if "held_out" in line] == [5, 10, 12]
+    assert lines[-1]["held_out"]["nats_per_token"] == result.held_out.nats_per_token
+    assert lines[-1]["tokens"] == result.num_tokens == STEPS * 4 * 16
+    assert int(result.state.step) == STEPS
+    assert result.seconds > 0
+    assert checkpoint.latest_checkpoint(folder / training.CHECKPOINTS) == STEPS
+
+
+@pytest.mark.parametrize("moment", ["step", "log", "save", "manifest", "after"])
+def test_a_killed_run_ends_in_the_same_bits(whole_run, data, tmp_path, monkeypatch, moment):
+    """Killed between steps, while logging, and before, within and after saving a checkpoint."""
+    at = {"step": 7, "log": 2, "save": 2, "manifest": 2, "after": 2}[moment]
+    where = {
+        "step": (corpus.Batches, "__call__"),
+        "log": (training._Log, "write"),
+        "save": (checkpoint.ocp.StandardCheckpointer, "save"),
+        "manifest": (checkpoint, "_describe_files"),
+        "after": (checkpoint, "_delete_old"),
+    }[moment]
+    original, calls = getattr(*where), 0
+
+    def kill(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise Killed
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, kill)
+        with pytest.raises(Killed):
+            run(tmp_path, data)
+    with (tmp_path / training.LOG_FILE).open("a") as file:
+        file.write('{"step": 11, "loss": 0.0}\n{"step": 12, "lo')  # written after the checkpoint
+    result = run(tmp_path, data)
+    assert_same(result.state, whole_run[1].state)
+    assert read_log(tmp_path) == read_log(whole_run[0])
+    assert result.train_loss == whole_run[1].train_loss
+
+
+PROGRAM = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from jaxsd.models import corpus
+import test_training
+original, calls = corpus.Batches.__call__, 0
+def kill(self, step):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, step)
+corpus.Batches.__call__ = kill
+import pathlib
+test_training.run(pathlib.Path(sys.argv[2]), test_training.data.__wrapped__())
+"""
+
+
+def test_a_process_killed_for_good_ends_in_the_same_bits(whole_run, data, tmp_path):
+    """Two processes die of SIGKILL at random steps; this one finishes."""
+    rng = np.random.default_rng()
+    arguments = [sys.executable, "-c", PROGRAM, os.path.dirname(__file__), str(tmp_path)]
+    kill_at = int(rng.integers(1, STEPS + 1))
+    done = subprocess.run([*arguments, str(kill_at)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    result = run(tmp_path, data)
+    assert_same(result.state, whole_run[1].state)
+    assert read_log(tmp_path) == read_log(whole_run[0]), kill_at
+
+
+def test_a_finished_run_is_not_trained_again(whole_run, data):
+    folder, result = whole_run
+    before = (folder / training.LOG_FILE).read_bytes()
+    exported = []
+    again = run(folder, data, on_checkpoint=lambda state, status: exported.append(status))
+    assert_same(again.state, result.state)
+    assert again.held_out == result.held_out
+    assert again.train_loss == result.train_loss
+    assert (folder / training.LOG_FILE).read_bytes() == before
+    assert [status["step"] for status in exported] == [STEPS]
+
+
+def test_a_run_with_other_settings_is_refused(whole_run, data):
+    folder, _ = whole_run
+    with pytest.raises(ValueError, match=r"other settings \(training\.b1 is 0\.8, was 0\.9\)"):
+        run(folder, data, replace(b1=0.8))
+    with pytest.raises(ValueError, match=r"corpus is 'x', was"):
+        run(folder, data._replace(fingerprint="x"))
+    config = Config(**{**CONFIG.to_dict(), "d_ff": 64})
+    with pytest.raises(ValueError, match=r"model\.d_ff is 64, was 32"):
+        training.train(folder, config, SETTINGS, data, TOKENIZER, show_progress=False)
+    run(folder, data, replace(eval_every=6, log_every=7, checkpoint_every=9))  # not part of it
+
+
+def test_a_tokenizer_of_another_size_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match=r"vocab_size=257 must be the tokenizer's 258"):
+        training.train(tmp_path, CONFIG, SETTINGS, data, corpus.train_bpe(["aa"], 258))
+
+
+def test_a_teacher_and_its_weight_go_together(data, params, tmp_path):
+    with pytest.raises(ValueError, match=r"distill_weight=0\.5 needs a model"):
+        run(tmp_path, data, replace(distill_weight=0.5))
+    with pytest.raises(ValueError, match=r"distill_weight=0\.0 must be above 0"):
+        run(tmp_path, data, teacher=training.Teacher(CONFIG, params))
+
+
+def test_a_damaged_checkpoint_stops_the_run(data, tmp_path):
+    run(tmp_path, data)
+    (path,) = (tmp_path / training.CHECKPOINTS / f"{STEPS:08d}").glob("d/*")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"checkpoint '.*00000012' is damaged: d/\w+ is missing"):
+        run(tmp_path, data)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    settings = replace(learning_rate=1e30, weight_decay=0.0, checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match=r"loss is \w+ at step \d|not finite after step"):
+        run(tmp_path, data, settings)
+    # What was saved is from before.
+    folder = tmp_path / training.CHECKPOINTS
+    step = checkpoint.latest_checkpoint(folder)
+    if step is not None:
+        like = jax.eval_shape(lambda: training.init_state(CONFIG, settings))
+        state, _ = checkpoint.restore_checkpoint(folder, step, like)
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+
+
+# -- it learns, from the command line
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    """Arithmetic written out: easy to learn, and of high entropy byte by byte."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(60):
+        lines = (f"the sum of {a} and {a + 1} is {2 * a + 1}\n" for a in range(i, i + 12))
+        (folder / f"module_{i}.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(text_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    summary = command.train(
+        str(out),
+        corpus=str(text_folder),
+        tokenizer="bytes",
+        d_model=32,
+        n_layers=1,
+        n_heads=2,
+        n_kv_heads=1,
+        d_ff=64,
+        steps=150,
+        batch_size=8,
+        sequence_length=64,
+        learning_rate=1e-2,
+        warmup_steps=10,
+        progress=False,
+    )
+    return out, summary
+
+
+def test_a_small_model_learns_more_than_letter_frequencies(trained, text_folder):
+    out, summary = trained
+    data = corpus.encode_corpus(corpus.read_files(text_folder, (".txt",)), TOKENIZER)
+    counts = np.bincount(data.held_out)
+    frequencies = counts[counts > 0] / counts.sum()
+    entropy = -(frequencies * np.log(frequencies)).sum()
+    assert entropy > 2.5
+    assert summary["held_out_nats_per_token"] < 0.5 * entropy
+    # It has no more to say about the training text than about the other: nothing leaked.
+    assert summary["train_nats_per_token"] < 0.5 * entropy
+    assert summary["tokens"] == 150 * 8 * 64
+    assert json.loads(json.dumps(summary)) == summary
+    model = checkpoint.load_model(out / "model")
+    assert model.metadata["progress"]["step"] == 150
+    assert model.metadata["corpus"]["fingerprint"] == data.fingerprint
+    evaluate = training.make_evaluation(
+        model.config, model.tokenizer, corpus.held_out_windows(data.held_out, 99, 64), 16
+    )
+    # The export is in bfloat16.
+    np.testing.assert_allclose(
+        evaluate(model.params).nats_per_token, summary["held_out_nats_per_token"], rtol=0.1
+    )
+
+
+def test_distillation_brings_the_draft_closer_to_the_target(trained, text_folder, tmp_path):
+    """Closer than cross entropy does with the same steps on the same data."""
+    target = checkpoint.load_model(trained[0] / "model")
+    arguments = {
+        "corpus": str(text_folder),
+        "tokenizer": str(trained[0] / "model"),
+        "d_model": 8,
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 1,
+        "d_ff": 16,
+        "steps": 100,
+        "batch_size": 8,
+        "sequence_length": 32,
+        "learning_rate": 1e-2,
+        "warmup_steps": 10,
+        "progress": False,
+    }
+    command.train(str(tmp_path / "plain"), **arguments)
+    distilled = {"distill_from": str(trained[0] / "model"), "distill_weight": 1.0}
+    command.train(str(tmp_path / "distilled"), **arguments, **distilled)
+    data = corpus.encode_corpus(corpus.read_files(text_folder, (".txt",)), TOKENIZER)
+    tokens = jnp.asarray(corpus.held_out_windows(data.held_out, 16, 32)[:, :-1])
+    divergences = {}
+    for name in ("plain", "distilled"):
+        draft = checkpoint.load_model(tmp_path / name / "model")
+        checkpoint.check_pair(target, draft)
+        divergences[name] = float(
+            training.distillation_loss(
+                forward(target.config, target.params, tokens),
+                forward(draft.config, draft.params, tokens),
+            ).mean()
+        )
+    assert divergences["distilled"] < 0.95 * divergences["plain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": "huge"}, "config='huge' must be one of"),
+        ({"corpus": "/nowhere"}, "corpus folder '/nowhere' does not exist"),
+        ({"tokenizer": "words"}, "tokenizer='words' must be 'bpe', 'bytes' or the folder"),
+        ({"n_heads": 3}, "n_kv_heads=2 must divide n_heads=3"),
+        ({"export_dtype": "int8"}, "export_dtype='int8' must be one of"),
+        ({"distill_from": "/nowhere"}, "model folder '/nowhere' does not exist"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_written(
+    text_folder, tmp_path, arguments, message
+):
+    arguments = {"corpus": str(text_folder), "tokenizer": "bytes", **arguments}
+    with pytest.raises(ValueError, match=message):
+        command.train(str(tmp_path / "out"), progress=False, **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(trained, text_folder, tmp_path):
+    arguments = {"corpus": str(text_folder), "distill_from": str(trained[0] / "model")}
+    with pytest.raises(ValueError, match="has another tokenizer: pass tokenizer="):
+        command.train(str(tmp_path), vocab_size=300, **arguments)
+
+
+def test_progress_goes_to_stderr_line_by_line(data, tmp_path, capsys):
+    run(tmp_path, data, show_progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    first, *_, last = captured.err.splitlines()
+    assert first.startswith("step 1/12  loss ")
+    assert last.startswith("step 12/12  loss ")
+    assert "tokens/s" in last
+    assert "0:00 left" in last
