@@ -35,7 +35,7 @@ _NUM_NEWTON_STEPS = 8
 
 
 class DraftDesign(NamedTuple):
-    """The draft that makes a target fastest; `gamma` 0, `speedup` 1 and no parameters: none does."""
+    """The draft that makes a target fastest; no parameters, gamma 0, speed-up 1 where none does."""
 
     parameters: Any  # N*, number of parameters of the draft
     gamma: Any  # draft tokens per round

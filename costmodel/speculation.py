@@ -538,6 +538,7 @@ def _log_rate(log_alpha: Array, gamma: Array) -> Array:
 
 @jax.jit
 def _rate(alpha: Array, gamma: Array) -> Array:
+    """The acceptance rate, smooth and exact at both ends of alpha."""
     return alpha * geometric_sum(safe_log(alpha), gamma) / gamma
 
 
@@ -549,6 +550,7 @@ def _rate_inverse(rate: Array, gamma: Array) -> Array:
 
 @jax.custom_jvp
 def _rate_root(rate: Array, gamma: Array) -> Array:
+    """The same, with its derivative from the equation and not from the steps."""
     inside = (rate > 0) & (rate < 1)
     log_rate = jnp.log(jnp.where(inside, rate, 0.5))
     # ln(rate) is convex in ln(alpha) for gamma >= 1, with a slope from 1 to gamma, and nearly

@@ -1,4 +1,4 @@
-"""The loop: draft, verify, commit, until every row is done; compiled once, shapes static throughout."""
+"""The loop: draft, verify, commit, until every row is done; one program, static shapes."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from . import sampling as sampling_lib
@@ -27,6 +28,9 @@ from .types import (
     Verifier,
 )
 
+GREEDY = Sampling()
+"""The default: the target's argmax at every place."""
+
 
 def speculative(
     target: LanguageModel,
@@ -39,14 +43,15 @@ def speculative(
 ) -> Decoder:
     """Speculative decoding of `target` with tokens proposed by `drafter`.
 
-    With a lossless verifier every row's text has exactly the law that plain sampling from the target
-    has; greedy rows get the target's argmax at every place. In float32 greedy output equals that of
-    `no_drafter()` token for token, except where the target's two largest logits are within rounding of
-    each other (a pass over K + 1 tokens rounds differently from one over a single token).
+    With a lossless verifier every row's text has exactly the law that plain sampling from the
+    target has; greedy rows get the target's argmax at every place. In float32 greedy output equals
+    that of `no_drafter()` token for token, except where the target's two largest logits are within
+    rounding of each other (a pass over K + 1 tokens rounds differently from one over a single
+    token).
 
-    Arguments of this function are static; arguments of the returned functions are traced. Only shapes
-    compile anew: batch size, padded prompt length (prefill alone), `max_len`, K. Pad prompts to a few
-    lengths of your choice.
+    Arguments of this function are static; arguments of the returned functions are traced. Only
+    shapes compile anew: batch size, padded prompt length (prefill alone), `max_len`, K. Pad prompts
+    to a few lengths of your choice.
 
     Args:
       target: the model whose law the output has.
@@ -57,11 +62,12 @@ def speculative(
       pad_id: fills the buffer beyond a row's length.
 
     Returns:
-      A `Decoder`. Its `generate(params, prompts, prompt_lengths, key, *, sampling, max_new_tokens)` takes
-      `params` as a dict by role (`{"target": ..., "draft": ...}`); prompts `[B, P]` padded on the right;
-      lengths `[B]` or None if no row is padded; one key, or `[B]` keys, one per row, so that a row's
-      text depends on its own key, prompt and settings alone; sampling fields and `max_new_tokens` scalar
-      or `[B]`. It stops a row at `eos_id`, after `max_new_tokens`, or when the buffer is full.
+      A `Decoder`. Its `generate(params, prompts, prompt_lengths, key, *, sampling, max_new_tokens)`
+      takes `params` as a dict by role (`{"target": ..., "draft": ...}`); prompts `[B, P]` padded on
+      the right; lengths `[B]` or None if no row is padded; one key, or `[B]` keys, one per row, so
+      that a row's text depends on its own key, prompt and settings alone; sampling fields and
+      `max_new_tokens` scalar or `[B]`. It stops a row at `eos_id`, after `max_new_tokens`, or when
+      the buffer is full.
 
     Raises:
       ValueError: here or in the returned functions, before anything is traced, naming the argument,
@@ -92,7 +98,7 @@ def speculative(
         prompt_lengths: ArrayLike | None,
         key: Array,
         *,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
     ) -> DecodeState:
         _check_params(params, drafter)
@@ -114,7 +120,7 @@ def speculative(
             params["target"], tokens[:, :width], block_positions(prompts, lengths), cache
         )
         state = drafter.init(params, batch_size, max_len)
-        # Lengths are at least 1, so neither sum can wrap, however large the limit that was asked for.
+        # Lengths are at least 1, so neither sum can wrap, however large the limit.
         limits = lengths + jnp.minimum(new, max_len - lengths)
         zeros = jnp.zeros((batch_size,), jnp.int32)
         return DecodeState(
@@ -206,8 +212,8 @@ def speculative(
 
         return lax.while_loop(any_active, lambda state: step(params, state)[0], state)
 
-    # Prefill and loop are two programs, so that a new padded prompt length compiles no new loop, and
-    # the caches that prefill made are donated to the loop instead of copied into it.
+    # Prefill and loop are two programs, so that a new padded prompt length compiles no new loop,
+    # and the caches that prefill made are donated to the loop instead of copied into it.
     compiled_prefill = jax.jit(prefill)
     compiled_run = jax.jit(run, donate_argnums=1)
     compiled_step = jax.jit(step, donate_argnums=1)
@@ -230,7 +236,7 @@ def speculative(
         prompt_lengths: ArrayLike | None,
         key: Array,
         *,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
     ) -> Generation:
         state = start(params, prompts, prompt_lengths, key, sampling, max_new_tokens)
@@ -243,7 +249,7 @@ def speculative(
         prompt_lengths: ArrayLike | None,
         key: Array,
         *,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
     ) -> Iterator[StepInfo]:
         # Checked and prefilled at the call, not at the first `next`: errors belong to the caller.
@@ -307,21 +313,21 @@ def _checked_request(
 
     Concrete values are checked; traced ones (a caller that jits `init`) only in their shapes.
     """
-    prompts = _as_integers("prompts", prompts)
-    if prompts.ndim != 2 or 0 in prompts.shape:
+    tokens = _as_integers("prompts", prompts)
+    if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(
-            f"prompts has shape {prompts.shape}; wanted [batch, length] with at least one of each "
+            f"prompts has shape {tokens.shape}; wanted [batch, length] with at least one of each "
             "(a prompt has at least one token, such as a beginning or end of text)"
         )
-    batch_size, width = prompts.shape
+    batch_size, width = tokens.shape
     if width > max_len:
         raise ValueError(f"max_len={max_len} must hold the prompts, padded to {width}")
     if prompt_lengths is None:
         prompt_lengths = np.full((batch_size,), width, np.int32)
     lengths = _rows("prompt_lengths", prompt_lengths, batch_size)
     _check_range("prompt_lengths", lengths, 1, width)
-    if _is_concrete(prompts) and np.any(np.asarray(prompts) < 0):
-        raise ValueError(f"prompts has token id {np.min(np.asarray(prompts))}; wanted at least 0")
+    if _is_concrete(tokens) and np.any(np.asarray(tokens) < 0):
+        raise ValueError(f"prompts has token id {np.min(np.asarray(tokens))}; wanted at least 0")
     new = _rows("max_new_tokens", max_len if max_new_tokens is None else max_new_tokens, batch_size)
     _check_range("max_new_tokens", new, 0, None)
 
@@ -331,15 +337,15 @@ def _checked_request(
     for name, value, dtype in zip(sampling._fields, sampling, dtypes, strict=True):
         fields.append(_broadcast(f"sampling.{name}", value, batch_size).astype(dtype))
 
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise ValueError(f"key={key!r} must be made by jax.random.key (one, or one per row)")
     if key.shape not in ((), (batch_size,)):
         raise ValueError(f"key has shape {key.shape}; wanted () or one per row, ({batch_size},)")
-    return prompts, lengths, key, Sampling(*fields), new
+    return tokens, lengths, key, Sampling(*fields), new
 
 
 def _is_concrete(value: object) -> bool:
-    return not isinstance(value, jax.core.Tracer)
+    return not isinstance(value, Tracer)
 
 
 def _as_integers(name: str, value: ArrayLike) -> Any:
@@ -402,6 +408,6 @@ def _check_logits(logits: Array, block_shape: tuple[int, ...]) -> None:
     """The one check of what a caller's model returns."""
     if logits.ndim != 3 or logits.shape[:2] != block_shape:
         raise ValueError(
-            f"target.apply returned logits of shape {logits.shape} for tokens of shape {block_shape}; "
-            "wanted [B, T, V]"
+            f"target.apply returned logits of shape {logits.shape} for tokens of shape "
+            f"{block_shape}; wanted [B, T, V]"
         )

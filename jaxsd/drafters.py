@@ -11,7 +11,8 @@ from .types import Drafter, LanguageModel, Params, Proposal, Sampling
 def no_drafter() -> Drafter:
     """Proposes nothing: the loop becomes plain decoding, one token per target pass.
 
-    This is the baseline of every comparison. It is the same compiled loop with K = 0, not a second one.
+    This is the baseline of every comparison. It is the same compiled loop with K = 0, not a second
+    one.
 
     >>> no_drafter().num_tokens
     0
@@ -79,8 +80,9 @@ def model_drafter(model: LanguageModel, num_tokens: int, *, name: str = "draft")
             probs = sampling_lib.probabilities(logits, sampling)
             return jax.vmap(sampling_lib.categorical)(step_keys, probs), probs
 
-        # When all K tokens of the last round were accepted, the draft has not read the K-th: the first
-        # pass takes the last two tokens. Reading a token again at its own place changes nothing.
+        # When all K tokens of the last round were accepted, the draft has not read the K-th: the
+        # first pass takes the last two tokens. Reading a token again at its own place changes
+        # nothing.
         starts = jnp.maximum(lengths - 2, 0)
         pair = starts[:, None] + jnp.arange(2, dtype=jnp.int32)[None, :]
         last_two = jnp.take_along_axis(tokens, pair, axis=1, mode="clip")
@@ -110,10 +112,11 @@ def model_drafter(model: LanguageModel, num_tokens: int, *, name: str = "draft")
 def prompt_lookup(num_tokens: int, *, max_ngram: int = 3, min_ngram: int = 1) -> Drafter:
     """Copies what followed the last occurrence of the row's own ending, without any model.
 
-    The longest ending of at most `max_ngram` and at least `min_ngram` tokens that occurs earlier in the
-    row decides; among its occurrences the latest. The tokens after it are proposed; a copy that reaches
-    the end of the row goes on as the pattern repeats. Where nothing matches, nothing is proposed and
-    nothing counts as drafted. It pays where text repeats itself: code, edits, summaries, quotations.
+    The longest ending of at most `max_ngram` and at least `min_ngram` tokens that occurs earlier in
+    the row decides; among its occurrences the latest. The tokens after it are proposed; a copy that
+    reaches the end of the row goes on as the pattern repeats. Where nothing matches, nothing is
+    proposed and nothing counts as drafted. It pays where text repeats itself: code, edits,
+    summaries, quotations.
 
     Args:
       num_tokens: K, at least 1.
@@ -178,8 +181,8 @@ def prompt_lookup(num_tokens: int, *, max_ngram: int = 3, min_ngram: int = 1) ->
 def block_positions(tokens: Array, lengths: Array) -> Array:
     """Positions 0..T-1 of every row `[B, T]`.
 
-    They depend on `lengths` in a way that adds nothing (a length is never negative): as literals, XLA
-    would spend seconds folding masks and softmaxes of whole buffers at compile time.
+    They depend on `lengths` in a way that adds nothing (a length is never negative): as literals,
+    XLA would spend seconds folding masks and softmaxes of whole buffers at compile time.
     """
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     return jnp.minimum(lengths, 0).astype(jnp.int32)[:, None] + steps[None, :]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from .types import Sampling
 
@@ -11,10 +12,11 @@ from .types import Sampling
 def probabilities(logits: Array, sampling: Sampling) -> Array:
     """The distribution that `sampling` makes of `logits`.
 
-    Temperature first, then top-k, then top-p over what top-k left. Exactly `min(k, V)` tokens survive
-    top-k, the lower id first among equals, so that `top_k=1` is greedy decoding. Greedy rows
-    (temperature 0) put all mass on the first largest logit. Drafting, verifying, the bonus token and
-    plain decoding all use this function; that they agree is what makes speculation lossless.
+    Temperature first, then top-k, then top-p over what top-k left. Exactly `min(k, V)` tokens
+    survive top-k, the lower id first among equals, so that `top_k=1` is greedy decoding. Greedy
+    rows (temperature 0) put all mass on the first largest logit. Drafting, verifying, the bonus
+    token and plain decoding all use this function; that they agree is what makes speculation
+    lossless.
 
     Args:
       logits: `[..., V]`; `-inf` marks a forbidden token.
@@ -25,7 +27,8 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
       `[..., V]` float32 (float64 for float64 logits), rows summing to 1.
 
     Raises:
-      ValueError: if a field is out of range or its shape does not fit; traced values are not checked.
+      ValueError: if a field is out of range or its shape does not fit; traced values are not
+      checked.
 
     >>> import jax.numpy as jnp
     >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
@@ -35,18 +38,20 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
     [1. 0. 0.]
     """
     check_sampling(sampling)
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    dtype = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
     logits = logits.astype(dtype)
     temperature = _per_row("temperature", sampling.temperature, logits, dtype)
     top_k = _per_row("top_k", sampling.top_k, logits, jnp.int32)
     top_p = _per_row("top_p", sampling.top_p, logits, dtype)
 
     greedy = temperature <= 0
-    largest = logits == jnp.max(logits, axis=-1, keepdims=True)
-    first = largest & (jnp.cumsum(largest, axis=-1, dtype=jnp.int32) == 1)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    index = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    # The first of the largest, by two reductions that vectorise where an argmax does not.
+    size = logits.shape[-1]
+    first = jnp.min(jnp.where(logits == largest, index, size), axis=-1, keepdims=True)
     # Subtracting the maximum before dividing keeps a small temperature from overflowing.
-    shifted = logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    scaled = shifted / jnp.where(greedy, jnp.ones_like(temperature), temperature)
+    scaled = (logits - largest) / jnp.where(greedy, jnp.ones_like(temperature), temperature)
     # Sorting a vocabulary costs as much as a small model's pass: only if some row asks for it.
     filtering = ~greedy & ((top_k > 0) | (top_p < 1))
     keep = lax.cond(
@@ -55,7 +60,7 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
         lambda: jnp.ones(scaled.shape, bool),
     )
     probs = jax.nn.softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
-    return jnp.where(greedy, first.astype(dtype), probs)
+    return jnp.where(greedy, (index == first).astype(dtype), probs)
 
 
 def categorical(key: Array, probs: Array) -> Array:
@@ -72,7 +77,7 @@ def check_sampling(sampling: Sampling) -> None:
     )
     for name, is_valid, wanted in rules:
         value = getattr(sampling, name)
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             continue
         host = np.asarray(value)
         valid = is_valid(host.astype(np.float64))
@@ -86,8 +91,8 @@ def _per_row(name: str, value: object, logits: Array, dtype: object) -> Array:
     array = jnp.asarray(value, dtype)  # pyright: ignore[reportArgumentType]
     if array.shape != logits.shape[:-1][: array.ndim]:
         raise ValueError(
-            f"sampling.{name} has shape {array.shape}, which is no prefix of the logits' batch shape "
-            f"{logits.shape[:-1]}"
+            f"sampling.{name} has shape {array.shape}, which is no prefix of the logits' batch "
+            f"shape {logits.shape[:-1]}"
         )
     return array.reshape(array.shape + (1,) * (logits.ndim - array.ndim))
 

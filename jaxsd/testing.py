@@ -490,7 +490,9 @@ class _Replay:
             high = jnp.stack([self.high[i] for i in ids[part]])
             at = jnp.clip(bound[part], low, high)
             open_ = high > low
-            p = jnp.where(open_, (at - low) / jnp.where(open_, high - low, 1), low < at)
+            p = jnp.where(
+                open_, (at - low) / jnp.where(open_, high - low, 1), (low < at).astype(at.dtype)
+            )
             below = self.choose(_coin(p)) == 1
             low, high = jnp.where(below, low, at), jnp.where(below, at, high)
             for place, i in enumerate(ids[part]):
@@ -799,7 +801,7 @@ class _Case(NamedTuple):
     def drafts(self) -> tuple[np.ndarray, np.ndarray]:
         """All drafts of positive probability `[N, K]`, and their probabilities `[N]`."""
         tokens = np.array(list(itertools.product(range(self.vocab_size), repeat=self.length)))
-        tokens = tokens.reshape(-1, self.length).astype(np.int32)
+        tokens = tokens.reshape(self.vocab_size**self.length, self.length).astype(np.int32)
         weight = np.ones(len(tokens))
         for place, level in enumerate(self.draft):
             # Where nothing is proposed the token is a filler.
@@ -1018,9 +1020,7 @@ def _check(
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         try:
             return _check_exactly(emit, cases, dtype, strict_layout)
-        except (
-            Exception
-        ):  # the function may be anything; if it is just broken, the samples raise too
+        except _CannotReplay:
             return _check_by_samples(emit, cases, seed, false_alarm, strict_layout)
 
 
@@ -1069,9 +1069,16 @@ def _enumerate(
     """For every case all outputs: tokens `[M, K + 1]`, num_accepted, weight, draft tokens."""
     try:
         return _enumerate_with(_lanes, emit, cases)
-    except Exception:  # it wants concrete values, or no two runs draw alike: fewer, one by one
+    except _EngineFailed:  # it wants concrete values, or no two runs draw alike: fewer, one by one
         one_of_a_kind = list({case.name: case for case in cases}.values())
-        return _enumerate_with(_one_by_one, emit, one_of_a_kind)
+        try:
+            return _enumerate_with(_one_by_one, emit, one_of_a_kind)
+        except _EngineFailed as error:
+            raise _CannotReplay("no exact replay") from error
+
+
+class _EngineFailed(Exception):
+    """The function could not be run so; if it is just broken, running it on samples raises too."""
 
 
 def _enumerate_with(
@@ -1080,7 +1087,10 @@ def _enumerate_with(
     drafts = [case.drafts() for case in cases]
     inputs = [case.inputs(tokens) for case, (tokens, _) in zip(cases, drafts, strict=True)]
     stacked = tuple(np.concatenate(parts) for parts in zip(*inputs, strict=True))
-    runs = engine(emit, stacked)
+    try:
+        runs = engine(emit, stacked)
+    except Exception as error:  # a stranger's function: anything may come out of it
+        raise _EngineFailed from error
     weights = runs.weights * np.concatenate([chance for _, chance in drafts])[runs.owners]
     source = np.repeat(np.arange(len(cases)), [len(tokens) for tokens, _ in drafts])[runs.owners]
     outputs = []

@@ -32,13 +32,13 @@ class LanguageModel(Protocol):
         Args:
           params: weights of this model.
           tokens: `[B, T]` int32.
-          positions: `[B, T]` int32, consecutive within a row: `positions[b, t] = positions[b, 0] + t`.
+          positions: `[B, T]` int32, consecutive within a row: `positions[b, 0] + t` at t.
           cache: what `init_cache` or the previous `apply` returned.
 
         Returns:
-          logits `[B, T, V]`, and a cache of the same structure, shapes and types that also holds this
-          block. The query at position i sees positions 0..i and no other: slots at or above the
-          block's start may hold anything, of this text or of another.
+          logits `[B, T, V]`, and a cache of the same structure, shapes and types that also holds
+          this block. The query at position i sees positions 0..i and no other: slots at or above
+          the block's start may hold anything, of this text or of another.
         """
         ...
 
@@ -89,7 +89,7 @@ class Verifier(Protocol):
     """
 
     def __call__(self, key: Array, target_probs: Array, draft: Draft, /) -> Verdict:
-        """`key` is consumed; `target_probs` is `[K + 1, V]`, row i conditioned on i draft tokens."""
+        """`key` is consumed; `target_probs` is `[K + 1, V]`, row i after i draft tokens."""
         ...
 
 
@@ -123,8 +123,8 @@ class DrafterPrefill(Protocol):
 class DrafterPropose(Protocol):
     """Proposes the tokens that follow each row.
 
-    Args: params; state; tokens `[B, L]`; lengths `[B]` at least 1; keys `[B]`, consumed; sampling with
-    `[B]` fields. What lies in `tokens` beyond a row's length must not matter.
+    Args: params; state; tokens `[B, L]`; lengths `[B]` at least 1; keys `[B]`, consumed; sampling
+    with `[B]` fields. What lies in `tokens` beyond a row's length must not matter.
     """
 
     def __call__(
@@ -225,7 +225,7 @@ class Generation(NamedTuple):
 
 
 class DecoderInit(Protocol):
-    """`init(params, prompts, prompt_lengths, key, *, sampling, max_new_tokens)`: prefilled state."""
+    """`init(params, prompts, prompt_lengths, key, ...)`: a prefilled state."""
 
     def __call__(
         self,

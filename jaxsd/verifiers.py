@@ -9,7 +9,7 @@ from .types import Draft, Verdict
 
 
 def rejection_sampling(key: Array, target_probs: Array, draft: Draft) -> Verdict:
-    """Accepts each draft token with probability min(1, p / q); the output is the target's law exactly.
+    """Accepts a draft token with probability min(1, p / q); the output is exactly the target's law.
 
     With p the target's and q the draft's distribution at a place, the token x drawn from q is kept
     with probability min(1, p(x) / q(x)). At the first rejection the token is recovered from
@@ -67,7 +67,7 @@ def verdict(draft_tokens: Array, num_accepted: Array, token: Array) -> Verdict:
 
 
 def _residual(target_probs: Array, draft_probs: Array) -> Array:
-    """max(0, p - q) normalised `[V]`; p itself where they agree, and rejection has probability 0."""
+    """max(0, p - q) normalised `[V]`; p itself where p = q, and nothing is ever rejected."""
     residual = jnp.maximum(target_probs - draft_probs, 0.0)
     total = jnp.sum(residual)
     normalised = residual / jnp.where(total > 0, total, jnp.ones_like(total))

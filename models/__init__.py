@@ -1,6 +1,9 @@
 """Flax transformers that satisfy `jaxsd.LanguageModel`, their training and their files."""
 
+from . import corpus, training
+from .checkpoint import Pretrained, check_pair, load_model, save_model
 from .configs import CONFIGS, Config
+from .embedded import load_embedded
 from .transformer import (
     TransformerLM,
     abstract_params,
@@ -13,10 +16,17 @@ from .transformer import (
 __all__ = [
     "CONFIGS",
     "Config",
+    "Pretrained",
     "TransformerLM",
     "abstract_params",
+    "check_pair",
+    "corpus",
     "forward",
     "init_params",
     "language_model",
+    "load_embedded",
+    "load_model",
     "num_parameters",
+    "save_model",
+    "training",
 ]

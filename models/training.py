@@ -186,8 +186,13 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def init_state(config: Config, train_config: TrainConfig) -> TrainState:
     """Fresh parameters and optimiser state; a function of the seed."""
-    params = transformer.init_params(config, jax.random.key(train_config.seed))
+    params = _make_init_params(config)(jax.random.key(train_config.seed))
     return TrainState(params, make_optimizer(train_config).init(params), jnp.zeros((), jnp.int32))
+
+
+@functools.lru_cache(maxsize=8)
+def _make_init_params(config: Config) -> Callable[[Array], dict[str, Any]]:
+    return jax.jit(functools.partial(transformer.init_params, config))
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:

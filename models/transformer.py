@@ -1,8 +1,8 @@
 """One decoder-only Flax transformer: training forward, and the cached forward of decoding.
 
-The module classes hold parameters and the mathematics of one layer. Everything outside this file sees
-pure functions on a plain nested dict of arrays: Flax's graph definition is static, made once per
-config, and the weights are traced arguments of every compiled program.
+The module classes hold parameters and the mathematics of one layer. Everything outside this file
+sees pure functions on a plain nested dict of arrays: Flax's graph definition is static, made once
+per config, and the weights are traced arguments of every compiled program.
 """
 
 import functools
@@ -51,9 +51,9 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions.
 
-    The three input projections are one matrix, grouped by key head: slice `[h]` holds the query heads
-    that share key head `h`, then its key, then its value. One product instead of three, and the
-    leading axis is the one to shard.
+    The three input projections are one matrix, grouped by key head: slice `[h]` holds the query
+    heads that share key head `h`, then its key, then its value. One product instead of three, and
+    the leading axis is the one to shard.
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
@@ -91,8 +91,8 @@ class Attention(nnx.Module):
         causal = jnp.broadcast_to(causal[None], (group, length, length)).reshape(-1, length)
         scores = jnp.where(causal[None, None], _scores(queries, keys), _MASKED)
         if cache is not None:
-            # The cache is read as it was before this block; the block is written after the last layer
-            # has read (see `_write`). Slots at or above `starts` may hold anything.
+            # The cache is read as it was before this block; the block is written after the last
+            # layer has read (see `_write`). Slots at or above `starts` may hold anything.
             filled = jnp.arange(cache.keys.shape[2])[None, :] < starts[:, None]  # [B, S]
             past = jnp.where(filled[:, None, None, :], _scores(queries, cache.keys), _MASKED)
             scores = jnp.concatenate([past, scores], axis=-1)
@@ -291,7 +291,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Array
 
 
 def _rotation(positions: Array, config: Config) -> Array:
-    """cos and sin `[2, B, T, 1, 1, D / 2]` in float32: bfloat16 would merge neighbouring positions."""
+    """cos and sin `[2, B, T, 1, 1, D / 2]`, float32: bfloat16 would merge neighbouring places."""
     half = config.head_dim // 2
     frequencies = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
@@ -330,10 +330,10 @@ def _product(rows: Array, weight: Array) -> Array:
 
 
 def _thin_product_on_cpu(rows: Array, weight: Array) -> Array:
-    """The same product of few rows with a large matrix, in the form that XLA's CPU backend runs best.
+    """The same product of few rows with a large matrix, in the form XLA's CPU backend runs best.
 
-    Measured on 2 cores, jaxlib 0.10, matrices of the 18M target (milliseconds for all of them, best of
-    12 interleaved):
+    Measured on 2 cores, jaxlib 0.10, matrices of the 18M target (milliseconds for all of them, best
+    of 12 interleaved):
 
         rows                 1      2      3      4      5      7
         `_product`         2.69   4.57   4.55   4.66   5.23   5.78
@@ -341,8 +341,8 @@ def _thin_product_on_cpu(rows: Array, weight: Array) -> Array:
         weight on the left 2.73   2.97   3.30   3.51   4.69   5.04
     """
     if len(rows) == 1 and weight.shape[0] % 2 == 0:
-        # One row is a matrix-vector product, which XLA gives to one thread. As a batch of two halves
-        # it reads the weights with two.
+        # One row is a matrix-vector product, which XLA gives to one thread. As a batch of two
+        # halves it reads the weights with two.
         halves = weight.reshape(2, -1, weight.shape[1])
         both = jnp.broadcast_to(rows[None], (2, *rows.shape))
         out = lax.dot_general(halves, both, (((2,), (2,)), ((0,), (0,))))  # [2, out / 2, 1]
@@ -359,10 +359,10 @@ _MIN_LARGE_WEIGHT = 2**18
 def _write(cache: Cache, fresh: Cache, starts: Array, hidden: Array) -> Cache:
     """Puts each row's block at its start, in place inside a compiled loop.
 
-    Two things keep XLA from copying whole caches every pass. The write of all layers comes after the
-    last read of any, which the impossible offset below tells the compiler (an argmax is never
-    negative, but it cannot know). And each row is one `dynamic_update_slice`: vmapped, that becomes a
-    scatter, and a TPU copies the operand of a scatter.
+    Two things keep XLA from copying whole caches every pass. The write of all layers comes after
+    the last read of any, which the impossible offset below tells the compiler (an argmax is never
+    negative, but it cannot know). And each row is one `dynamic_update_slice`: vmapped, that becomes
+    a scatter, and a TPU copies the operand of a scatter.
     """
     never = (jnp.argmax(hidden.reshape(hidden.shape[0], -1), axis=-1) < 0).astype(starts.dtype)
     starts = starts + never

@@ -41,7 +41,7 @@ def shipped_files():
 @functools.cache
 def public_names():
     """`jaxsd.__all__`, from its source."""
-    for node in ast.parse((ROOT / "jaxsd/__init__.py").read_text()).body:
+    for node in ast.parse((ROOT / "jaxsd/__init__.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
     raise LookupError("jaxsd/__init__.py has no __all__")
@@ -134,8 +134,10 @@ def dotted_name(node, aliases):
 
 def use_problems(path, name):
     part = part_of(path)
-    if name.removeprefix("builtins.") in UNSAFE_NAMES or name == "importlib.import_module":
+    if name.removeprefix("builtins.") in UNSAFE_NAMES:
         yield f"uses {name}"
+    if name == "importlib.import_module" and part != "jaxsd/cli":
+        yield f"uses {name}, which hides an import"
     if any(name == call or name.startswith(f"{call}.") for call in HOST_CALLS):
         yield f"uses {name}: no host call inside a compiled program"
     if name == "flax.nnx.jit":
@@ -161,7 +163,7 @@ def node_problems(node):
 
 @pytest.mark.parametrize("path", shipped_files())
 def test_file_keeps_the_arrows(path):
-    assert problems(path, (ROOT / path).read_text()) == []
+    assert problems(path, (ROOT / path).read_text(encoding="utf-8")) == []
 
 
 def test_every_part_was_looked_at():
@@ -170,7 +172,7 @@ def test_every_part_was_looked_at():
 
 def test_the_decoder_is_compiled_in_one_file():
     """The rule is not kept by having no compiled decoder at all."""
-    assert "jax.jit(" in (ROOT / "jaxsd/decoding.py").read_text()
+    assert "jax.jit(" in (ROOT / "jaxsd/decoding.py").read_text(encoding="utf-8")
 
 
 PLANTED = [
@@ -192,6 +194,7 @@ PLANTED = [
     ("models/transformer.py", "import jaxsd\njaxsd.drafters.block_positions"),
     ("models/transformer.py", "from ..types import Params"),
     ("models/transformer.py", "import transformers"),
+    ("models/transformer.py", "import importlib\nimportlib.import_module('jaxsd.cli')"),
     ("jaxsd/cli/main.py", "import pandas"),
     # Code that came with data.
     ("models/checkpoint.py", "import pickle"),
@@ -200,7 +203,6 @@ PLANTED = [
     ("jaxsd/cli/main.py", "eval('1')"),
     ("jaxsd/cli/main.py", "run = exec"),
     ("jaxsd/cli/main.py", "import builtins\nbuiltins.eval('1')"),
-    ("jaxsd/cli/main.py", "import importlib\nimportlib.import_module('pickle')"),
     # Compilation and the host.
     ("jaxsd/sampling.py", "import jax\nf = jax.jit(len)"),
     ("jaxsd/sampling.py", "from jax import jit\n@jit\ndef f(): ..."),

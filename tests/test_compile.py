@@ -1,7 +1,7 @@
 """What the compilers make of the loop: in place on CPU and TPU, and lowered for every platform.
 
-A copy of a whole cache inside the loop would cost more than the pass itself. XLA decides silently, so
-the compiled text is searched.
+A copy of a whole cache inside the loop would cost more than the pass itself. XLA decides silently,
+so the compiled text is searched.
 """
 
 import dataclasses

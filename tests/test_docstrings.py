@@ -34,7 +34,7 @@ def doctests(module):
     path = inspect.getsourcefile(module)
     parser = doctest.DocTestParser()
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(ast.parse(pathlib.Path(path).read_text())):
+    for node in ast.walk(ast.parse(pathlib.Path(path).read_text(encoding="utf-8"))):
         text = isinstance(node, kinds) and ast.get_docstring(node)
         if text:
             name = f"{module.__name__}.{getattr(node, 'name', '__doc__')}"
@@ -82,7 +82,7 @@ def has_docstring(value, name):
 def is_explained_in_source(module, name):
     """Whether the constant has a string below it or a comment above it where it is assigned."""
     for path in pathlib.Path(module.__file__).parent.glob("*.py"):
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         lines, body = source.splitlines(), ast.parse(source).body
         for node, after in zip(body, [*body[1:], None], strict=True):
             targets = getattr(node, "targets", [getattr(node, "target", None)])

@@ -137,7 +137,7 @@ def test_expected_tokens_is_seamless_where_its_two_forms_meet():
         seam = np.exp(-0.7 / np.maximum(gamma, 1.0))
         values = jax.jit(jax.vmap(jax.value_and_grad(costmodel.expected_tokens, argnums=(0, 1))))
         inside, outside = values(seam * (1 + 1e-15), gamma), values(seam * (1 - 1e-15), gamma)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), inside, outside)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11), inside, outside)
 
 
 def test_gradients_match_finite_differences_in_float64():
@@ -176,21 +176,21 @@ def test_second_derivatives_pass_through_the_root():
 # --- the best gamma ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("alpha", "ratio", "u", "gamma", "gain"), GOLDEN)
-def test_golden_optima(alpha, ratio, u, gamma, gain):
-    for x64, tolerance in ((False, 2e-6), (True, 1e-9)):
-        with jax.enable_x64(x64):
-            found = costmodel.optimal_gamma(alpha, 1 / ratio)
-            best = float(costmodel.optimal_speedup(alpha, 1 / ratio))
-            # alpha^(gamma + 1) u = 1 ties the three numbers together.
-            assert alpha ** (float(found) + 1) * u == pytest.approx(1, rel=20 * tolerance)
-        assert float(found) == pytest.approx(gamma, abs=1e-6 + 3e-6 * (not x64))
-        assert best == pytest.approx(gain, abs=1e-6 + 3e-6 * (not x64))
+@pytest.mark.parametrize(("x64", "tolerance"), [(False, 2e-6), (True, 1e-9)])
+def test_golden_optima(x64, tolerance):
+    alpha, ratio, u, gamma, gain = np.array(GOLDEN).T
+    with jax.enable_x64(x64):
+        found = np.asarray(costmodel.optimal_gamma(alpha, 1 / ratio), np.float64)
+        best = costmodel.optimal_speedup(alpha, 1 / ratio)
+    np.testing.assert_allclose(found, gamma, rtol=tolerance, atol=1e-6)  # printed to six digits
+    np.testing.assert_allclose(best, gain, rtol=tolerance, atol=1e-6)
+    # One identity ties the three together.
+    np.testing.assert_allclose(alpha ** (found + 1) * u, 1, rtol=20 * tolerance)
 
 
-@pytest.mark.parametrize(("alpha", "cost_ratio", "gamma"), GOLDEN_GAMMA)
-def test_golden_gammas(alpha, cost_ratio, gamma):
-    assert float(costmodel.optimal_gamma(alpha, cost_ratio)) == pytest.approx(gamma, abs=1e-3)
+def test_golden_gammas():
+    alpha, cost_ratio, gamma = np.array(GOLDEN_GAMMA).T
+    np.testing.assert_allclose(costmodel.optimal_gamma(alpha, cost_ratio), gamma, atol=6e-4)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 0.65, 0.9, 0.99])
@@ -224,10 +224,9 @@ def test_optimal_gamma_is_lamberts_lower_branch(alpha, cost_ratio):
 
 
 @quick
-@given(alpha=st.floats(0.0, 1.0, width=32), cost_ratio=st.floats(1e-6, 4.0, width=32))
+@given(alpha=st.floats(0.0, 1.0, width=32), cost_ratio=st.floats(2**-20, 4.0, width=32))
 @example(alpha=1.0, cost_ratio=1.0)
 @example(alpha=1.0, cost_ratio=0.5)
-@example(alpha=0.5, cost_ratio=0.6931472)
 def test_do_not_speculate_is_exactly_where_nothing_gains(alpha, cost_ratio):
     gamma = float(optimal_gamma(alpha, cost_ratio))
     gain = float(optimal_speedup(alpha, cost_ratio))
@@ -334,7 +333,7 @@ def test_rate_survives_the_round_trip_through_alpha(rate, gamma):
 
 
 def test_alpha_of_a_rate_agrees_with_bracketing():
-    """Against scipy's brentq on the sum of powers, which shares nothing with Newton on logarithms."""
+    """Against scipy's brentq on the sum of powers: another equation and another method."""
     with jax.enable_x64(True):
         for gamma in (1, 2, 5, 30):
             for rate in (1e-6, 0.02, 0.36, 0.8, 0.999):

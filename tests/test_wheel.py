@@ -18,27 +18,40 @@ from jaxsd import costmodel, models
 ROOT = pathlib.Path(__file__).parent.parent
 # Where the three folders of a checkout are in a wheel.
 PLACES = {"jaxsd": "jaxsd", "models": "jaxsd/models", "costmodel": "jaxsd/costmodel"}
+# Litter of a checkout, where no git says what belongs to it.
 LEFT_BEHIND = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "*.pyc", "build", "dist", "runs"
 )
 
 
+def tracked_files():
+    """What git knows or would add, as paths from the root; none if this is not a repository."""
+    if shutil.which("git") is None:
+        return []
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return [name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
 def copy_sources(destination):
-    """What a clean clone would hold: the files git knows or would add; without git, all but litter."""
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listing.returncode:
+    """What a clean clone would hold."""
+    names = tracked_files()
+    if "pyproject.toml" not in names:
         shutil.copytree(ROOT, destination, ignore=LEFT_BEHIND)
         return
-    for name in filter(None, listing.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (destination / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, destination / name)
+    for name in names:
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, destination / name)
+
+
+def shipped_files(sources):
+    """Every file of the three folders, by the name it should have in the wheel."""
+    return {
+        f"{place}/{path.relative_to(sources / folder).as_posix()}": path
+        for folder, place in PLACES.items()
+        for path in (sources / folder).rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +74,8 @@ def wheel(sources, tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = dist.iterdir()
-    return zipfile.ZipFile(path)
+    with zipfile.ZipFile(path) as wheel:
+        yield wheel
 
 
 @pytest.fixture(scope="module")
@@ -72,36 +86,26 @@ def metadata(wheel):
 
 def test_wheel_holds_every_file_of_the_three_folders_and_no_other(wheel, sources):
     """So there is no top-level `models` or `costmodel`, and nothing stale from an earlier build."""
-    expected = {
-        place + path.relative_to(sources / folder).as_posix().join(("/", ""))
-        for folder, place in PLACES.items()
-        for path in (sources / folder).rglob("*")
-        if path.is_file()
-    }
-    assert {"jaxsd/py.typed", "jaxsd/models/__init__.py", "jaxsd/costmodel/__init__.py"} < expected
-    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == expected
-    assert {name.split("/")[0] for name in wheel.namelist()} == {
-        "jaxsd",
-        f"jaxsd-{jaxsd.__version__}.dist-info",
-    }
+    expected = shipped_files(sources)
+    for name in ("py.typed", "models/__init__.py", "costmodel/__init__.py", "cli/__init__.py"):
+        assert f"jaxsd/{name}" in expected
+    dist_info = f"jaxsd-{jaxsd.__version__}.dist-info/"
+    names = {name for name in wheel.namelist() if not name.startswith(dist_info)}
+    assert names == set(expected)
 
 
 def test_files_arrive_unchanged(wheel, sources):
-    for folder, place in PLACES.items():
-        for path in (sources / folder).rglob("*"):
-            if path.is_file():
-                name = f"{place}/{path.relative_to(sources / folder).as_posix()}"
-                assert wheel.read(name) == path.read_bytes(), name
+    for name, path in shipped_files(sources).items():
+        assert wheel.read(name) == path.read_bytes(), name
 
 
 def test_metadata_is_that_of_the_project(metadata, sources):
     text = metadata("METADATA")
     assert f"\nVersion: {jaxsd.__version__}\n" in text
     assert "\nLicense-Expression: Apache-2.0\n" in text
-    readme = (sources / "README.md").read_text()
+    readme = (sources / "README.md").read_text(encoding="utf-8")
     assert text.rstrip().endswith(readme.rstrip())
-    assert metadata("licenses/LICENSE") == (sources / "LICENSE").read_text()
+    assert metadata("licenses/LICENSE") == (sources / "LICENSE").read_text(encoding="utf-8")
 
 
 def test_the_command_exists(wheel, metadata):

@@ -1,0 +1,194 @@
+"""How long do the parts of decoding take on this machine, and how alike are draft and target?
+
+Every time is the median of several repeats, in which what is compared takes turns, so that another
+process on the machine slows all of it alike. Nothing is timed in the call that compiles it.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import jaxsd
+from jaxsd.models import checkpoint, transformer
+
+
+class StepTimes(NamedTuple):
+    """Seconds of the parts of a round, batch 1, each measured by itself.
+
+    target_seconds: a round of plain decoding, in the decoder's own loop: pass, sampling, commit.
+    pass_seconds: `[K_max + 1]`, the target's pass over K + 1 tokens and nothing else.
+    verify_seconds: `[K_max + 1]`, a round that is given its K draft tokens: that pass, and for the
+      rest what a plain round takes beyond its own pass.
+    draft_seconds: proposing one token, sampling included: a proposal of K_max over K_max.
+    measured: the K whose pass was timed; the others lie on the line between their neighbours.
+    """
+
+    target_seconds: float
+    pass_seconds: list[float]
+    verify_seconds: list[float]
+    draft_seconds: float
+    measured: list[int]
+
+
+class Request(NamedTuple):
+    """One prompt, ready to be decoded."""
+
+    tokens: np.ndarray  # [1, P] int32, padded on the right
+    length: int
+
+    def prefill(
+        self, prefill_fn: Callable[..., Any], params: Any, key: Array, temperature: float, new: int
+    ) -> jaxsd.DecodeState:
+        """The state from which the loop starts, ready on the device."""
+        state = prefill_fn(
+            params,
+            self.tokens,
+            np.array([self.length], np.int32),
+            key,
+            sampling=jaxsd.Sampling(np.float32(temperature)),
+            max_new_tokens=np.int32(new),
+        )
+        return jax.block_until_ready(state)
+
+
+Timer = Callable[[Any, jaxsd.DecodeState], float]
+"""Takes the weights and a prefilled state of plain decoding, which it may consume; seconds."""
+
+
+def make_round(decoder: jaxsd.Decoder) -> Timer:
+    """Times a round of plain decoding in the decoder's own compiled loop."""
+
+    def seconds(params: Any, state: jaxsd.DecodeState) -> float:
+        began = time.perf_counter()
+        state = jax.block_until_ready(decoder.run(params, state))
+        return (time.perf_counter() - began) / int(state.stats.num_rounds[0])
+
+    return seconds
+
+
+def make_pass(target: jaxsd.LanguageModel, num_draft_tokens: int, num_passes: int) -> Timer:
+    """Times the target's pass over the tokens of a block, in a compiled loop."""
+
+    @jax.jit
+    def passes(params: Any, block: Array, starts: Array, cache: Any) -> tuple[Array, Any]:
+        offsets = jnp.arange(block.shape[1], dtype=jnp.int32)
+        positions = starts[:, None] + offsets[None, :]
+
+        def body(_: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            block, cache = carry
+            logits, cache = target.apply(params, block, positions, cache)
+            # The next block is made of this one's scores; independent passes could be merged.
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, num_passes, body, (block, cache))
+
+    def seconds(params: Any, state: jaxsd.DecodeState) -> float:
+        block = jnp.zeros((1, num_draft_tokens + 1), jnp.int32)
+        began = time.perf_counter()
+        out = passes(params["target"], block, state.lengths - 1, state.target_cache)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - began) / num_passes
+
+    return seconds
+
+
+def make_drafting(
+    draft: jaxsd.LanguageModel, num_tokens: int, max_len: int, num_rounds: int
+) -> Timer:
+    """Times the drafter by itself: seconds per token of a proposal of `num_tokens`."""
+    drafter = jaxsd.model_drafter(draft, num_tokens)
+
+    @jax.jit
+    def propose(params: Any, cache: Any, state: jaxsd.DecodeState) -> tuple[Any, Array]:
+        def body(index: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+            cache, tokens = carry
+            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, index)
+            proposal = drafter.propose(params, cache, tokens, state.lengths, keys, state.sampling)
+            # The next proposal follows on this one; independent ones could be computed at once.
+            last = state.lengths - 1
+            return proposal.state, tokens.at[:, last].set(proposal.tokens[:, -1:])
+
+        return jax.lax.fori_loop(0, num_rounds, body, (cache, state.tokens))
+
+    def seconds(params: Any, state: jaxsd.DecodeState) -> float:
+        cache = jax.block_until_ready(drafter.init(params, 1, max_len))
+        began = time.perf_counter()
+        jax.block_until_ready(propose(params, cache, state))
+        return (time.perf_counter() - began) / (num_rounds * num_tokens)
+
+    return seconds
+
+
+def make_overlap(
+    target: checkpoint.Pretrained, draft: checkpoint.Pretrained
+) -> Callable[[np.ndarray, float], tuple[np.ndarray, np.ndarray]]:
+    """A function from texts to how alike the two models are at every place.
+
+    It takes tokens `[B, L]` and a temperature. It returns, both `[B, L]` and at each place about
+    the token that comes next, the probability that the target accepts a token of the draft, which
+    is sum(min(p, q)), and the target's margin, its largest logit less its second largest.
+    """
+
+    @jax.jit
+    def compare(target_params: Any, draft_params: Any, tokens: Array, temperature: Array) -> Any:
+        sampling = jaxsd.Sampling(temperature)
+        target_logits = transformer.forward(target.config, target_params, tokens)
+        draft_logits = transformer.forward(draft.config, draft_params, tokens)
+        probs = (
+            jaxsd.probabilities(target_logits, sampling),
+            jaxsd.probabilities(draft_logits, sampling),
+        )
+        largest, _ = jax.lax.top_k(target_logits, 2)
+        return jnp.minimum(*probs).sum(-1), largest[..., 0] - largest[..., 1]
+
+    def overlap(tokens: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+        return jax.device_get(compare(target.params, draft.params, tokens, np.float32(temperature)))
+
+    return overlap
+
+
+def step_times(
+    round_fn: Timer,
+    passes: Mapping[int, Timer],
+    drafting: Timer,
+    params: Any,
+    make_state: Callable[[], jaxsd.DecodeState],
+    repeats: int,
+) -> StepTimes:
+    """Times all parts in turns.
+
+    Args:
+      round_fn: from `make_round`.
+      passes: by K, from `make_pass`; K = 0 is among them.
+      drafting: from `make_drafting`.
+      params: of both models.
+      make_state: makes a prefilled state of plain decoding.
+      repeats: of which the medians are taken.
+    """
+    timers = [round_fn, drafting, *passes.values()]
+    seconds = [[timer(params, make_state()) for timer in timers] for _ in range(repeats)]
+    target, draft, *by_length = (statistics.median(column) for column in zip(*seconds, strict=True))
+    medians = dict(zip(passes, by_length, strict=True))
+    measured = sorted(medians)
+    lengths = np.arange(measured[-1] + 1)
+    pass_seconds = np.interp(lengths, measured, [medians[k] for k in measured])
+    beyond = max(target - pass_seconds[0], 0.0)
+    verify_seconds = [target, *(pass_seconds[1:] + beyond).tolist()]
+    return StepTimes(target, pass_seconds.tolist(), verify_seconds, draft, measured)
+
+
+def pad_prompts(token_lists: Sequence[Sequence[int]], multiple: int = 16) -> list[Request]:
+    """Prompts padded to one length, so that all of them use one compiled program."""
+    width = -(-max(len(tokens) for tokens in token_lists) // multiple) * multiple
+    requests = []
+    for tokens in token_lists:
+        padded = np.zeros((1, width), np.int32)
+        padded[0, : len(tokens)] = tokens
+        requests.append(Request(padded, len(tokens)))
+    return requests
