@@ -12,7 +12,7 @@ if not (_here / "models").is_dir():
     __path__.append(str(_here.parent))
 
 from . import stats, testing  # noqa: E402
-from .decoding import speculative  # noqa: E402
+from .decoding import UNTIL_DONE, speculative  # noqa: E402
 from .drafters import model_drafter, no_drafter, prompt_lookup  # noqa: E402
 from .sampling import categorical, probabilities  # noqa: E402
 from .types import (  # noqa: E402
@@ -34,6 +34,7 @@ from .verifiers import rejection_sampling  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "UNTIL_DONE",
     "DecodeState",
     "Decoder",
     "Draft",

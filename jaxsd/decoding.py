@@ -31,6 +31,9 @@ from .types import (
 GREEDY = Sampling()
 """The default: the target's argmax at every place."""
 
+UNTIL_DONE = np.int32(np.iinfo(np.int32).max)
+"""As many rounds as it takes: what `generate` passes to `run`."""
+
 
 def speculative(
     target: LanguageModel,
@@ -206,25 +209,30 @@ def speculative(
         committed = jnp.where(inside, verdict.tokens, pad_id)
         return tokens, committed, num_committed, state.done | ended
 
-    def run(params: Params, state: DecodeState) -> DecodeState:
-        def any_active(state: DecodeState) -> Array:
-            return ~jnp.all(state.done)
+    def run(params: Params, state: DecodeState, max_rounds: Array) -> DecodeState:
+        def is_unfinished(carry: tuple[DecodeState, Array]) -> Array:
+            state, num_rounds = carry
+            return (num_rounds < max_rounds) & ~jnp.all(state.done)
 
-        return lax.while_loop(any_active, lambda state: step(params, state)[0], state)
+        def advance(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+            state, num_rounds = carry
+            return step(params, state)[0], num_rounds + 1
+
+        return lax.while_loop(is_unfinished, advance, (state, jnp.zeros((), jnp.int32)))[0]
 
     # Prefill and loop are two programs, so that a new padded prompt length compiles no new loop,
     # and the caches that prefill made are donated to the loop instead of copied into it.
     compiled_prefill = jax.jit(prefill)
     compiled_run = jax.jit(run, donate_argnums=1)
-    compiled_step = jax.jit(step, donate_argnums=1)
 
     def start(
         params: Params,
         prompts: ArrayLike,
         prompt_lengths: ArrayLike | None,
         key: Array,
-        sampling: Sampling,
-        max_new_tokens: ArrayLike | None,
+        *,
+        sampling: Sampling = GREEDY,
+        max_new_tokens: ArrayLike | None = None,
     ) -> DecodeState:
         _check_params(params, drafter)
         request = _checked_request(prompts, prompt_lengths, key, sampling, max_new_tokens, max_len)
@@ -239,8 +247,10 @@ def speculative(
         sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
     ) -> Generation:
-        state = start(params, prompts, prompt_lengths, key, sampling, max_new_tokens)
-        state = compiled_run(params, state)
+        state = start(
+            params, prompts, prompt_lengths, key, sampling=sampling, max_new_tokens=max_new_tokens
+        )
+        state = compiled_run(params, state, UNTIL_DONE)
         return Generation(tokens=state.tokens, lengths=state.lengths, stats=state.stats)
 
     def stream(
@@ -253,23 +263,40 @@ def speculative(
         max_new_tokens: ArrayLike | None = None,
     ) -> Iterator[StepInfo]:
         # Checked and prefilled at the call, not at the first `next`: errors belong to the caller.
-        state = start(params, prompts, prompt_lengths, key, sampling, max_new_tokens)
+        state = start(
+            params, prompts, prompt_lengths, key, sampling=sampling, max_new_tokens=max_new_tokens
+        )
         return rounds(params, state)
 
     def rounds(params: Params, state: DecodeState) -> Iterator[StepInfo]:
-        done = bool(np.all(state.done))
-        while not done:
-            state, info = compiled_step(params, state)
-            info = jax.device_get(info)
-            done = bool(np.all(info.done))
-            yield info
+        """The compiled loop, one round at a time, and what each round changed."""
+        one = np.int32(1)
+        place = np.arange(num_tokens + 1)[None, :]
+        # Copies: the state is donated, and on a CPU an array that was fetched is the buffer itself.
+        before = jax.tree.map(np.array, (state.lengths, state.stats, state.done))
+        while not np.all(before[2]):
+            state = compiled_run(params, state, one)
+            after = jax.tree.map(np.array, (state.lengths, state.stats, state.done))
+            index = before[0][:, None] + place
+            tokens = np.take_along_axis(
+                np.asarray(state.tokens), np.minimum(index, max_len - 1), axis=1
+            )
+            yield StepInfo(
+                tokens=np.where(index < after[0][:, None], tokens, np.int32(pad_id)),
+                num_tokens=after[0] - before[0],
+                num_drafted=after[1].num_drafted - before[1].num_drafted,
+                num_accepted=after[1].num_accepted - before[1].num_accepted,
+                done=after[2],
+            )
+            before = after
 
     return Decoder(
         generate=generate,
         stream=stream,
+        start=start,
+        run=compiled_run,
         init=init,
         step=step,
-        run=compiled_run,
         num_tokens=num_tokens,
         max_len=max_len,
     )

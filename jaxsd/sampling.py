@@ -32,10 +32,10 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
 
     >>> import jax.numpy as jnp
     >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
-    >>> print(probabilities(logits, Sampling(temperature=1.0, top_k=2)).round(3))
-    [0.625 0.375 0.   ]
-    >>> print(probabilities(logits, Sampling(temperature=0.0)))
-    [1. 0. 0.]
+    >>> [round(float(p), 3) for p in probabilities(logits, Sampling(temperature=1.0, top_k=2))]
+    [0.625, 0.375, 0.0]
+    >>> probabilities(logits, Sampling(temperature=0.0)).tolist()
+    [1.0, 0.0, 0.0]
     """
     check_sampling(sampling)
     dtype = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32

@@ -261,7 +261,7 @@ class DecoderGenerate(Protocol):
 
 
 class DecoderStream(Protocol):
-    """`stream(...)`: the same rounds one by one, for showing text as it comes."""
+    """`stream(...)`: the same rounds one by one, as NumPy arrays, for showing text as it comes."""
 
     def __call__(
         self,
@@ -276,27 +276,39 @@ class DecoderStream(Protocol):
 
 
 class DecoderRun(Protocol):
-    """`run(params, state)`: rounds until every row is done, compiled; `state` is donated."""
+    """`run(params, state, max_rounds)`: the compiled loop from a state on.
 
-    def __call__(self, params: Params, state: DecodeState) -> DecodeState: ...
+    Stops when every row is done, or after `max_rounds` rounds (traced; `UNTIL_DONE` for all of them).
+    The buffers of `state` are donated: use the returned state from then on.
+    """
+
+    def __call__(
+        self, params: Params, state: DecodeState, max_rounds: ArrayLike
+    ) -> DecodeState: ...
+
+    def lower(self, params: Params, state: DecodeState, max_rounds: Any) -> Any:
+        """As of any `jax.jit` function: the program before compilation, from arrays or shapes."""
+        ...
 
 
 class Decoder(NamedTuple):
     """What `speculative` returns.
 
-    generate: prompts to finished batch, compiled.
-    stream: prompts to an iterator over rounds, each compiled.
-    init: prompts to a prefilled `DecodeState`; not compiled.
-    step: one round; not compiled, for loops of your own.
-    run: the compiled loop of `generate` from a state on; donates the state.
+    generate: prompts to finished batch: `start`, then `run`.
+    stream: prompts to an iterator over rounds, by the same two compiled programs.
+    start: prompts to a prefilled `DecodeState`, compiled.
+    run: the compiled loop; a `jax.jit` function, so it can be lowered ahead of time.
+    init: as `start`, not compiled.
+    step: one round, not compiled, for loops of your own.
     num_tokens: K.
     max_len: length of the token buffer.
     """
 
     generate: DecoderGenerate
     stream: DecoderStream
+    start: DecoderInit
+    run: DecoderRun
     init: DecoderInit
     step: DecoderStep
-    run: DecoderRun
     num_tokens: int
     max_len: int

@@ -108,6 +108,9 @@ def is_held_out(path: str, fraction: float = HELD_OUT_FRACTION) -> bool:
     """Whether the file of this relative path belongs to the held-out side, whatever its content.
 
     A hash of the path decides, so that adding or removing other files moves nothing across.
+
+    >>> [name for name in ("ast.py", "json/tool.py", "traceback.py") if is_held_out(name)]
+    ['traceback.py']
     """
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
@@ -170,7 +173,13 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One id per byte, 0 to 255, and 256 for end of text."""
+    """One id per byte, 0 to 255, and 256 for end of text.
+
+    >>> ByteTokenizer().encode("né")
+    [110, 195, 169]
+    >>> ByteTokenizer().decode([110, 195, 169, 256])
+    'né'
+    """
 
     vocab_size = 257
     eos_id = 256
@@ -257,6 +266,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 2048) -> BPETokenizer:
 
     Returns:
       The tokenizer; `.vocab_size` is the true number of pieces.
+
+    Raises:
+      ValueError: `vocab_size` is below 257.
+
+    >>> tokenizer = train_bpe(["def f(x):\\n    return x\\n"] * 9, vocab_size=300)
+    >>> [tokenizer.decode([i]) for i in tokenizer.encode("    return x")]
+    ['  ', ' ', ' return', ' x']
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and end of text")
@@ -299,6 +315,10 @@ class StreamingDecoder:
     """Text from tokens as they come: a character is given out when its last byte is there.
 
     The pieces joined equal `tokenizer.decode` of all ids. Make one per stream.
+
+    >>> decoder = StreamingDecoder(ByteTokenizer())
+    >>> [decoder.push([byte]) for byte in "né!".encode()]
+    ['n', '', 'é', '!']
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -453,6 +473,12 @@ class Batches:
 
     Raises:
       ValueError: a size is not positive, or the stream is shorter than one window at any offset.
+
+    >>> batches = Batches(np.arange(100, dtype=np.int32), batch_size=2, sequence_length=8, seed=1)
+    >>> batches(500).shape
+    (2, 9)
+    >>> bool((batches(500) == batches(500)).all())
+    True
     """
 
     tokens: np.ndarray

@@ -16,7 +16,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,23 @@ _COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _SECONDS_PER_LINE = 30.0
 # What may differ between a run and its continuation: none of it reaches the parameters.
 _FREE_FIELDS = ("eval_every", "eval_batches", "checkpoint_every", "log_every")
+
+
+# NaN is in none of them.
+_RANGES = (
+    (
+        "above 0",
+        lambda value: value > 0,
+        (
+            *("steps", "batch_size", "sequence_length", "accumulation"),
+            *("learning_rate", "clip_norm"),
+            *("eval_every", "eval_batches", "checkpoint_every", "log_every"),
+        ),
+    ),
+    ("at least 0", lambda value: value >= 0, ("warmup_steps", "weight_decay", "seed")),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, ("final_learning_rate", "distill_weight")),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("b1", "b2")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +82,13 @@ class TrainConfig:
 
     Raises:
       ValueError: a value out of range; names all of them.
+
+    >>> TrainConfig(steps=1000, batch_size=8, accumulation=2).learning_rate
+    0.002
+    >>> TrainConfig(steps=0, b1=1.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: steps=0 must be above 0; b1=1.0 must be in [0, 1)
     """
 
     steps: int
@@ -87,24 +111,11 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self):
-        positive = ("steps", "batch_size", "sequence_length", "learning_rate", "clip_norm")
-        positive += ("accumulation", "eval_every", "eval_batches", "checkpoint_every", "log_every")
-        problems = [f"{n}={getattr(self, n)} must be above 0" for n in positive if not
-                    getattr(self, n) > 0]  # fmt: skip
-        problems += [
-            f"{name}={getattr(self, name)} must not be negative"
-            for name in ("warmup_steps", "weight_decay", "seed")
-            if not getattr(self, name) >= 0
-        ]
-        problems += [
-            f"{name}={getattr(self, name)} must be in [0, 1]"
-            for name in ("final_learning_rate", "distill_weight")
-            if not 0 <= getattr(self, name) <= 1
-        ]
-        problems += [
-            f"{name}={getattr(self, name)} must be in [0, 1)"
-            for name in ("b1", "b2")
-            if not 0 <= getattr(self, name) < 1
+        problems = [
+            f"{name}={value} must be {wanted}"
+            for wanted, is_valid, names in _RANGES
+            for name in names
+            if not is_valid(value := getattr(self, name))
         ]
         if not problems and self.warmup_steps >= self.steps:
             problems.append(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
@@ -204,6 +215,9 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
     Returns:
       `[...]` float32.
+
+    >>> print(f"{cross_entropy(jnp.zeros((1, 4)), jnp.array([3]))[0]:.4f}")  # log 4
+    1.3863
     """
     # A comparison, not a gather: its gradient is a scatter, which runs on one thread on a CPU.
     is_label = labels[..., None] == jax.lax.broadcasted_iota(
@@ -224,6 +238,10 @@ def distillation_loss(teacher_logits: Array, logits: Array) -> Array:
 
     Returns:
       `[...]` float32, not negative up to rounding.
+
+    >>> logits = jnp.array([[0.0, 1.0, 2.0]])
+    >>> float(distillation_loss(logits, logits)[0])
+    0.0
     """
     teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits), axis=-1)
     student = jax.nn.log_softmax(logits, axis=-1)
@@ -394,85 +412,80 @@ def train(
     """
     folder = pathlib.Path(folder)
     _check_sizes(config, train_config, tokenizer, teacher)
-    tokens_per_step = train_config.batch_size * train_config.sequence_length
+    batch_size, steps = train_config.batch_size, train_config.steps
     batches = corpus.Batches(
-        data.train, train_config.batch_size, train_config.sequence_length, train_config.seed
+        data.train, batch_size, train_config.sequence_length, train_config.seed
     )
-    evaluation_windows = corpus.held_out_windows(
-        data.held_out,
-        train_config.eval_batches * train_config.batch_size,
-        train_config.sequence_length,
+    windows = corpus.held_out_windows(
+        data.held_out, train_config.eval_batches * batch_size, train_config.sequence_length
     )
-    _claim_folder(folder, _describe_run(config, train_config, data, tokenizer, teacher))
-    state, extra = _restore_or_init(folder, config, train_config)
-    start = int(state.step)
-    if extra and on_checkpoint is not None:
-        # The process may have been killed between the checkpoint and this call.
-        on_checkpoint(state, {"step": start, "tokens": start * tokens_per_step, **extra})
-    log = _Log(folder / LOG_FILE, start)
+    evaluate = make_evaluation(config, tokenizer, windows, batch_size)
     step_fn = make_step(config, train_config, None if teacher is None else teacher.config)
-    evaluate = make_evaluation(config, tokenizer, evaluation_windows, train_config.batch_size)
     teacher_params = None if teacher is None else teacher.params
 
-    clock = _Clock(extra.get("seconds", 0.0))
-    train_loss = extra.get("train_loss") or math.nan
-    held_out = Evaluation(**extra["held_out"]) if extra.get("held_out") else None
-    recent: list[float] = extra.get("recent", [])
+    _claim_folder(folder, _describe_run(config, train_config, data, tokenizer, teacher))
+    state, status = _restore_or_init(folder, config, train_config)
+    start = int(state.step)
+    tokens_per_step = batch_size * train_config.sequence_length
+    clock = _Clock(status.seconds)
+    log = _Log(folder / LOG_FILE, start, tokens_per_step, clock)
+    if start and on_checkpoint is not None:
+        # The process may have been killed between the checkpoint and this call.
+        on_checkpoint(state, status.summary(start, tokens_per_step))
 
-    with _progress(train_config.steps, start, tokens_per_step, show_progress) as report:
-        for step in range(start + 1, train_config.steps + 1):
+    with _progress(steps, start, tokens_per_step, show_progress) as report:
+        for step in range(start + 1, steps + 1):
             state, metrics = step_fn(state, batches(step - 1), teacher_params)
-            nats = float(metrics["nats"])
-            if not math.isfinite(nats) or not math.isfinite(float(metrics["loss"])):
-                raise FloatingPointError(
-                    f"the loss is {nats} at step {step} of {str(folder)!r}: lower learning_rate="
-                    f"{train_config.learning_rate} or raise warmup_steps="
-                    f"{train_config.warmup_steps}"
-                )
-            recent.append(nats)
-            is_last = step == train_config.steps
-            if is_last or step % train_config.log_every == 0:
-                train_loss, recent = float(np.mean(recent)), []
-                log.write(
-                    step=step,
-                    loss=train_loss,
-                    objective=float(metrics["loss"]),
-                    gradient_norm=float(metrics["gradient_norm"]),
-                    tokens=step * tokens_per_step,
-                    seconds=clock.seconds(),
-                )
-            report(step, nats, held_out)
-            if is_last or step % train_config.eval_every == 0:
-                held_out = evaluate(state.params)
-                log.write(
-                    step=step,
-                    held_out=held_out._asdict(),
-                    tokens=step * tokens_per_step,
-                    seconds=clock.seconds(),
-                )
-            if is_last or step % train_config.checkpoint_every == 0:
+            nats, objective = float(metrics["nats"]), float(metrics["loss"])
+            if not math.isfinite(nats + objective):
+                raise FloatingPointError(_explain_divergence(folder, step, nats, train_config))
+            status = status._replace(recent=[*status.recent, nats])
+            report(step, nats, status.held_out)
+            if step == steps or step % train_config.log_every == 0:
+                status = status._replace(train_loss=float(np.mean(status.recent)), recent=[])
+                norm = float(metrics["gradient_norm"])
+                log.write(step, loss=status.train_loss, objective=objective, gradient_norm=norm)
+            if step == steps or step % train_config.eval_every == 0:
+                status = status._replace(held_out=evaluate(state.params)._asdict())
+                log.write(step, held_out=status.held_out)
+            if step == steps or step % train_config.checkpoint_every == 0:
                 if not _is_finite(state.params):
                     raise FloatingPointError(
                         f"parameters are not finite after step {step} of {str(folder)!r}"
                     )
-                summary = {
-                    "seconds": clock.seconds(),
-                    # Steps since the last log line; with them the next line is what an
-                    # uninterrupted run would have written.
-                    "recent": recent,
-                    "train_loss": None if math.isnan(train_loss) else train_loss,
-                    "held_out": None if held_out is None else held_out._asdict(),
-                }
-                checkpoint.save_checkpoint(folder / CHECKPOINTS, step, state, extra=summary)
+                status = status._replace(seconds=clock.seconds())
+                checkpoint.save_checkpoint(
+                    folder / CHECKPOINTS, step, state, extra=status._asdict()
+                )
                 if on_checkpoint is not None:
-                    on_checkpoint(
-                        state, {"step": step, "tokens": step * tokens_per_step, **summary}
-                    )
-    if held_out is None:
-        held_out = evaluate(state.params)
+                    on_checkpoint(state, status.summary(step, tokens_per_step))
     return TrainResult(
-        state, train_loss, held_out, train_config.steps * tokens_per_step, clock.seconds()
+        state,
+        status.train_loss,
+        Evaluation(**status.held_out),
+        steps * tokens_per_step,
+        status.seconds,
     )
+
+
+class _Status(NamedTuple):
+    """What a run remembers besides its state; JSON values, saved with every checkpoint."""
+
+    seconds: float = 0.0
+    # Losses since the last log line: with them the next line after a kill is the one that an
+    # uninterrupted run would have written.
+    recent: Sequence[float] = ()
+    train_loss: Any = None
+    held_out: Any = None  # the fields of an `Evaluation`
+
+    def summary(self, step: int, tokens_per_step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "tokens": step * tokens_per_step,
+            "seconds": self.seconds,
+            "train_loss": self.train_loss,
+            "held_out": self.held_out,
+        }
 
 
 def _check_sizes(
@@ -552,12 +565,22 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _restore_or_init(
     folder: pathlib.Path, config: Config, train_config: TrainConfig
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, _Status]:
     step = checkpoint.latest_checkpoint(folder / CHECKPOINTS)
     if step is None:
-        return init_state(config, train_config), {}
+        return init_state(config, train_config), _Status()
     like = jax.eval_shape(lambda: init_state(config, train_config))
-    return checkpoint.restore_checkpoint(folder / CHECKPOINTS, step, like)
+    state, extra = checkpoint.restore_checkpoint(folder / CHECKPOINTS, step, like)
+    return state, _Status(**extra)
+
+
+def _explain_divergence(
+    folder: pathlib.Path, step: int, nats: float, train_config: TrainConfig
+) -> str:
+    return (
+        f"the loss is {nats} at step {step} of {str(folder)!r}: lower learning_rate="
+        f"{train_config.learning_rate} or raise warmup_steps={train_config.warmup_steps}"
+    )
 
 
 def _is_finite(tree: Any) -> bool:
@@ -567,8 +590,10 @@ def _is_finite(tree: Any) -> bool:
 class _Log:
     """Appends JSON lines; on opening, drops what a killed run wrote after its last checkpoint."""
 
-    def __init__(self, path: pathlib.Path, step: int):
+    def __init__(self, path: pathlib.Path, step: int, tokens_per_step: int, clock: "_Clock"):
         self._path = path
+        self._tokens_per_step = tokens_per_step
+        self._clock = clock
         kept = []
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             try:
@@ -581,7 +606,9 @@ class _Log:
         temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
 
-    def write(self, **fields: Any) -> None:
+    def write(self, step: int, **fields: Any) -> None:
+        tokens = step * self._tokens_per_step
+        fields = {"step": step, **fields, "tokens": tokens, "seconds": self._clock.seconds()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields, allow_nan=False) + "\n")
 
@@ -599,16 +626,17 @@ class _Clock:
 @contextlib.contextmanager
 def _progress(
     steps: int, start: int, tokens_per_step: int, show: bool
-) -> Iterator[Callable[[int, float, Evaluation | None], None]]:
+) -> Iterator[Callable[[int, float, Any], None]]:
     """Yields `report(step, nats, held_out)`."""
     begin = time.monotonic()
     # Of the last steps only, and from the end of the first: it compiles.
     marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=100)
 
-    def line(step: int, nats: float, held_out: Evaluation | None) -> str:
+    def line(step: int, nats: float, held_out: Any) -> str:
         text = f"loss {nats:.3f}"
         if held_out is not None:
-            text += f"  held out {held_out.nats_per_token:.3f} ({held_out.nats_per_byte:.3f}/byte)"
+            per_token, per_byte = held_out["nats_per_token"], held_out["nats_per_byte"]
+            text += f"  held out {per_token:.3f} ({per_byte:.3f}/byte)"
         marks.append((time.monotonic(), step))
         (first_time, first_step), (last_time, _) = marks[0], marks[-1]
         if step == first_step:
@@ -637,7 +665,7 @@ def _progress(
     else:
         last = begin
 
-        def report(step: int, nats: float, held_out: Evaluation | None) -> None:
+        def report(step: int, nats: float, held_out: Any) -> None:
             nonlocal last
             text = line(step, nats, held_out)
             if time.monotonic() - last >= _SECONDS_PER_LINE or step in (start + 1, steps):

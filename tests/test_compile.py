@@ -49,7 +49,7 @@ def abstract_loop(drafter, batch_size, target=TARGET, dtype=jnp.float32):
 def compiled_loop(name, batch_size):
     """The loop's optimised text on this machine's CPU, its parameters' and its state's shapes."""
     decoder, params, state = abstract_loop(DRAFTERS[name], batch_size)
-    return decoder.run.lower(params, state).compile().as_text(), params, state
+    return decoder.run.lower(params, state, jaxsd.UNTIL_DONE).compile().as_text(), params, state
 
 
 def cache_copies(text, state):
@@ -109,7 +109,9 @@ def entry_computation(text):
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
 def test_loop_and_prefill_lower_for(platform):
     decoder, params, state = abstract_loop(DRAFTERS["model"], 2)
-    exported = jax.export.export(decoder.run, platforms=[platform])(params, state)
+    exported = jax.export.export(decoder.run, platforms=[platform])(
+        params, state, jaxsd.UNTIL_DONE
+    )
     assert exported.platforms == (platform,)
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = jnp.zeros((2, 16), jnp.int32)
@@ -134,7 +136,7 @@ for batch_size in (1, 8):
     )
     on_tpu = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     params, state = jax.tree.map(on_tpu, (params, state))
-    text = decoder.run.lower(params, state).compile().as_text()
+    text = decoder.run.lower(params, state, jaxsd.UNTIL_DONE).compile().as_text()
     assert "while(" in text
     print(batch_size, len(test_compile.cache_copies(text, state)))
 """

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import enable_x64
 
 from jaxsd import costmodel
 
@@ -24,7 +25,7 @@ def test_loss_is_the_printed_formula(law, constants, parameters, tokens):
     irreducible, a, a_exponent, b, b_exponent = constants
     expected = irreducible + a / parameters**a_exponent + b / tokens**b_exponent
     assert float(costmodel.loss(law, parameters, tokens)) == pytest.approx(expected, rel=1e-6)
-    with jax.enable_x64(True):
+    with enable_x64():
         exact = float(costmodel.loss(law, parameters, tokens))
         perplexity = float(costmodel.perplexity(law, parameters, tokens))
     assert exact == pytest.approx(expected, rel=1e-14)
@@ -49,7 +50,7 @@ def test_loss_takes_whatever_dtypes_it_is_given():
 
 
 def test_law_gradients_match_finite_differences():
-    with jax.enable_x64(True):
+    with enable_x64():
 
         @jax.jit
         def alpha_of(constants):
@@ -71,7 +72,7 @@ def test_law_gradients_match_finite_differences():
 def test_acceptance_is_the_affine_law_inside():
     """Not one bit of a published alpha may change: the clip is the identity between its margins."""
     law = costmodel.SDSL_ACCEPTANCE
-    with jax.enable_x64(True):
+    with enable_x64():
         draft = jnp.linspace(5.0, 95.0, 200)
         affine = law.draft_slope * draft + law.target_slope * 10.0 + law.intercept
         assert float(affine.min()) > 0.01
@@ -110,7 +111,7 @@ def test_acceptance_stays_below_one_with_a_gradient(intercept):
 
 def test_acceptance_is_smooth_and_monotone_through_both_margins():
     law = costmodel.AcceptanceLaw(draft_slope=-1e-3, target_slope=0.0, intercept=1.2)
-    with jax.enable_x64(True):
+    with enable_x64():
         slope_of = jax.jit(jax.vmap(jax.grad(lambda x: costmodel.acceptance(law, x, 1.0))))
         for margin in (210.0, 1190.0):  # where the affine law is 0.99 and 0.01
             below, above = slope_of(jnp.array([margin - 1e-3, margin + 1e-3]))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import enable_x64
 
 from jaxsd import costmodel
 from jaxsd.costmodel import search
@@ -160,7 +161,7 @@ def test_search_leaves_the_callers_precision_alone():
     costmodel.optimal_draft_size(*LLAMA)
     assert not jax.config.jax_enable_x64
     assert jnp.zeros(()).dtype == jnp.float32
-    with jax.enable_x64(True):
+    with enable_x64():
         inside = costmodel.optimal_draft_size(*LLAMA)
     assert inside == costmodel.optimal_draft_size(*LLAMA)
 
@@ -189,7 +190,7 @@ def test_hoffmann_constants_move_the_optimum_as_published():
 def test_optimum_is_differentiable_in_every_argument_and_law():
     """Against differences of the search itself, which no derivative enters."""
     arguments = (*LLAMA, costmodel.SDSL)
-    with jax.enable_x64(True):
+    with enable_x64():
         _, gradients = traced(*map(float, LLAMA), costmodel.SDSL)
     leaves, structure = jax.tree.flatten(arguments)
     for i, (value, gradient) in enumerate(zip(leaves, jax.tree.leaves(gradients), strict=True)):

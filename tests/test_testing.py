@@ -92,7 +92,7 @@ FAULTS = {
     "bonus token from the draft": (with_fault(bonus=last_draft_row), "emitted law differs"),
     "one key for two draws": (with_fault(same_key=True), "a key is used twice"),
     "key not used": (constant_key, "does not depend on the key"),
-    "accepted count wrong": (forgets_layout, "emitted law differs"),
+    "accepted count wrong": (forgets_layout, "are not zero"),
     "rubbish after the token": (leaves_rubbish, "are not zero"),
 }
 

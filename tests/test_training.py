@@ -43,13 +43,17 @@ def replace(**changes):
     return training.TrainConfig(**{**vars(SETTINGS), **changes})
 
 
-@pytest.fixture(scope="module")
-def data():
+def make_data():
     documents = [
         corpus.Document(f"module_{i}.py", f"def add_{i}(a, b):\n    return a + b * {i}\n")
         for i in range(40)
     ]
     return corpus.encode_corpus(corpus.Files(documents, 0), TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_data()
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +288,7 @@ def kill(self, step):
     return original(self, step)
 corpus.Batches.__call__ = kill
 import pathlib
-test_training.run(pathlib.Path(sys.argv[2]), test_training.data.__wrapped__())
+test_training.run(pathlib.Path(sys.argv[2]), test_training.make_data())
 """
 
 

@@ -87,8 +87,8 @@ def demo(
     from . import report
 
     began = time.perf_counter()
+    bench = _load(target, draft, prompts, num_draft_tokens, max_new_tokens)
     with _progress() as step:
-        bench = _load(target, draft, prompts, num_draft_tokens, max_new_tokens)
         parts = _compile_parts(bench, step)
         plain_texts = _plain_texts(bench, key, step)
         predictions, times = _predict(bench, parts, plain_texts, step)
@@ -275,7 +275,7 @@ def _compile_speculation(bench: Bench, num_tokens: int, step: Step) -> Speculati
 
     state = request.prefill(prefill, bench.params, key, HEADLINE, 2)
     step("compiling")
-    jax.block_until_ready(decoder.run(bench.params, state))
+    jax.block_until_ready(decoder.run(bench.params, state, jaxsd.UNTIL_DONE))
     return Speculation(decoder, prefill, time.perf_counter() - began)
 
 
@@ -289,7 +289,7 @@ def _plain_texts(bench: Bench, key: jax.Array, step: Step) -> dict[float, np.nda
             state = request.prefill(
                 bench.plain_prefill, bench.params, row_key, temperature, bench.max_new
             )
-            rows.append(np.asarray(bench.plain.run(bench.params, state).tokens[0]))
+            rows.append(np.asarray(bench.plain.run(bench.params, state, jaxsd.UNTIL_DONE).tokens[0]))
         texts[temperature] = np.stack(rows)
         step("reading what the target writes")
     return texts
@@ -305,10 +305,12 @@ def _predict(
 
     def make_state() -> jaxsd.DecodeState:
         return bench.requests[0].prefill(
-            bench.plain_prefill, bench.params, jax.random.key(0), HEADLINE, bench.max_new
+            bench.plain_prefill, bench.params, jax.random.key(0), HEADLINE, STEP_ROUNDS
         )
 
-    times = measure.step_times(parts.rounds, parts.drafting, bench.params, make_state, STEP_REPEATS)
+    times = measure.step_times(
+        parts.round, parts.passes, parts.drafting, bench.params, make_state, STEP_REPEATS
+    )
     step("timing the parts of a round")
     predictions = {}
     for temperature, tokens in texts.items():
@@ -359,7 +361,7 @@ def _time(
                     prefill, decoder = pairs[way]
                     state = request.prefill(prefill, bench.params, row_key, temperature, new)
                     began = time.perf_counter()
-                    state = jax.block_until_ready(decoder.run(bench.params, state))
+                    state = jax.block_until_ready(decoder.run(bench.params, state, jaxsd.UNTIL_DONE))
                     seconds[way] += time.perf_counter() - began
                     states[way].append(state)
             tokens = [

@@ -161,7 +161,6 @@ def train(
     folder = pathlib.Path(out)
 
     def export(state: training.TrainState, status: dict[str, Any]) -> None:
-        status = {name: value for name, value in status.items() if name != "recent"}
         checkpoint.save_model(
             folder / "model",
             model_config,
