@@ -62,6 +62,7 @@ SDSL_ACCEPTANCE = AcceptanceLaw(
     target_slope_error=0.001545,
     intercept_error=0.021228,
 )
+# The two that SDSL designs drafts with, and the default of every search.
 SDSL = Laws(loss=BESIROGLU, acceptance=SDSL_ACCEPTANCE)
 
 

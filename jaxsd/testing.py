@@ -362,7 +362,8 @@ def exact_law(
     """
     key = jax.random.key(0) if key is None else key
     runs = []
-    for one in (key, jax.random.fold_in(key, 1)):
+    # A key that no draw of the first run comes near: fold_in(key, i) is split(key, n)[i].
+    for one in (key, jax.random.fold_in(key, 2**31 - 1)):
         law: dict[Hashable, float] = {}
         used: set[bytes] = set()
         for outcome, weight, replay in _walk(sample, one, max_paths):

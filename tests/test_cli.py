@@ -135,7 +135,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(argv, named, folders, capsys)
     [
         (("demo", "--bogus", "3"), "--bogus"),
         (("generate", "--drafter", "nobody"), "nobody"),
-        (("design", "--target-params", "70x"), "--target-params"),
+        (("design", *LLAMA3_70B, "--draft-tokens", "70x"), "--draft-tokens: '70x'"),
         (("design", *LLAMA3_70B), "--draft-tokens"),
         (("nothing",), "nothing"),
     ],

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-import jaxsd
 from jaxsd import costmodel, models
 from jaxsd.cli import demo, main, measure
 from jaxsd.models import checkpoint, corpus
@@ -147,24 +146,6 @@ def test_overlap_is_the_probability_of_acceptance():
     np.testing.assert_allclose(overlap, np.minimum(*probs).sum(-1), rtol=1e-4)
     largest = np.sort(logits[0], axis=-1)
     np.testing.assert_allclose(margin, largest[..., -1] - largest[..., -2], atol=1e-5)
-
-
-def test_rounds_by_the_stopped_loop_are_those_of_stream():
-    """The demo stops the compiled loop within a round and runs it again up to the round's end."""
-    model = jaxsd.testing.MarkovModel(vocab_size=5)
-    params = {"target": model.init(jax.random.key(0)), "draft": model.init(jax.random.key(1))}
-    decoder = jaxsd.speculative(model, jaxsd.model_drafter(model, num_tokens=3), max_len=40)
-    request = ([[1, 2]], None, jax.random.key(2))
-    settings = {"sampling": jaxsd.Sampling(1.0), "max_new_tokens": 30}
-    expected = list(decoder.stream(params, *request, **settings))
-    state = jax.jit(decoder.init)(params, np.array([[1, 2]]), None, request[2], **settings)
-    found = list(demo._rounds(decoder, params, state))
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        size = int(other.num_tokens[0])
-        assert int(one.num_tokens[0]) == size
-        assert int(one.num_accepted[0]) == int(other.num_accepted[0])
-        assert one.tokens[0, :size].tolist() == other.tokens[0, :size].tolist()
 
 
 def test_steps_between_measured_lengths_lie_on_a_line():

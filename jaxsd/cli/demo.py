@@ -96,7 +96,7 @@ def demo(
             # The fastest that is speculation at all; whether plain decoding beats it is reported.
             num_draft_tokens = 1 + int(np.argmax(predictions[HEADLINE]["speedups"][1:]))
         speculative = _compile_speculation(bench, num_draft_tokens, step)
-    report.show_text(_stream(bench, speculative, key))
+    report.show_text(_stream(bench, speculative.decoder, key))
     with _progress() as step:
         new = bench.max_new if max_new_tokens else _affordable(bench, times, runs)
         timed = _time(bench, speculative, key, runs=runs, new=new, step=step)
@@ -145,7 +145,6 @@ class Bench(NamedTuple):
     requests: list[Any]  # measure.Request, one per prompt
     prompts: list[Any]  # pair.Prompt
     plain: jaxsd.Decoder
-    plain_prefill: Callable[..., jaxsd.DecodeState]
     max_new: int
     max_len: int
     verified: tuple[int, ...]
@@ -167,7 +166,6 @@ class Speculation(NamedTuple):
     """The decoder that is measured, compiled."""
 
     decoder: jaxsd.Decoder
-    prefill: Callable[..., jaxsd.DecodeState]
     seconds: float
 
 
@@ -217,7 +215,6 @@ def _load(
         requests=requests,
         prompts=texts,
         plain=plain,
-        plain_prefill=jax.jit(plain.init),
         max_new=max_new,
         max_len=max_len,
         verified=verified,
@@ -251,7 +248,7 @@ def _compile_parts(bench: Bench, step: Step) -> Parts:
     began = time.perf_counter()
 
     def state() -> jaxsd.DecodeState:
-        return bench.requests[0].prefill(bench.plain_prefill, params, key, HEADLINE, STEP_ROUNDS)
+        return bench.requests[0].start(bench.plain, params, key, HEADLINE, STEP_ROUNDS)
 
     texts = np.zeros((len(bench.requests), bench.max_len), np.int32)
     independent: dict[str, Callable[[], Any]] = {
@@ -269,14 +266,11 @@ def _compile_parts(bench: Bench, step: Step) -> Parts:
 def _compile_speculation(bench: Bench, num_tokens: int, step: Step) -> Speculation:
     drafter = jaxsd.model_drafter(bench.draft_model, num_tokens)
     decoder = jaxsd.speculative(bench.target_model, drafter, max_len=bench.max_len)
-    prefill = jax.jit(decoder.init)
-    request, key = bench.requests[0], jax.random.key(0)
     began = time.perf_counter()
-
-    state = request.prefill(prefill, bench.params, key, HEADLINE, 2)
+    state = bench.requests[0].start(decoder, bench.params, jax.random.key(0), HEADLINE, 2)
     step("compiling")
     jax.block_until_ready(decoder.run(bench.params, state, jaxsd.UNTIL_DONE))
-    return Speculation(decoder, prefill, time.perf_counter() - began)
+    return Speculation(decoder, time.perf_counter() - began)
 
 
 def _plain_texts(bench: Bench, key: jax.Array, step: Step) -> dict[float, np.ndarray]:
@@ -286,10 +280,9 @@ def _plain_texts(bench: Bench, key: jax.Array, step: Step) -> dict[float, np.nda
         rows = []
         for index, request in enumerate(bench.requests):
             row_key = jax.random.fold_in(key, index)
-            state = request.prefill(
-                bench.plain_prefill, bench.params, row_key, temperature, bench.max_new
-            )
-            rows.append(np.asarray(bench.plain.run(bench.params, state, jaxsd.UNTIL_DONE).tokens[0]))
+            state = request.start(bench.plain, bench.params, row_key, temperature, bench.max_new)
+            state = bench.plain.run(bench.params, state, jaxsd.UNTIL_DONE)
+            rows.append(np.asarray(state.tokens)[0])
         texts[temperature] = np.stack(rows)
         step("reading what the target writes")
     return texts
@@ -304,8 +297,8 @@ def _predict(
     from . import measure
 
     def make_state() -> jaxsd.DecodeState:
-        return bench.requests[0].prefill(
-            bench.plain_prefill, bench.params, jax.random.key(0), HEADLINE, STEP_ROUNDS
+        return bench.requests[0].start(
+            bench.plain, bench.params, jax.random.key(0), HEADLINE, STEP_ROUNDS
         )
 
     times = measure.step_times(
@@ -348,7 +341,7 @@ def _time(
     bench: Bench, speculative: Speculation, key: jax.Array, *, runs: int, new: int, step: Step
 ) -> dict[float, list[Run]]:
     """Decodes every prompt in both ways, `runs` times at each temperature, taking turns."""
-    pairs = ((bench.plain_prefill, bench.plain), (speculative.prefill, speculative.decoder))
+    decoders = (bench.plain, speculative.decoder)
     timed: dict[float, list[Run]] = {temperature: [] for temperature in TEMPERATURES}
     for number in range(runs):
         run_key = jax.random.fold_in(key, number)
@@ -358,10 +351,10 @@ def _time(
             for index, request in enumerate(bench.requests):
                 row_key = jax.random.fold_in(run_key, index)
                 for way in (0, 1) if (number + index) % 2 else (1, 0):
-                    prefill, decoder = pairs[way]
-                    state = request.prefill(prefill, bench.params, row_key, temperature, new)
+                    state = request.start(decoders[way], bench.params, row_key, temperature, new)
                     began = time.perf_counter()
-                    state = jax.block_until_ready(decoder.run(bench.params, state, jaxsd.UNTIL_DONE))
+                    state = decoders[way].run(bench.params, state, jaxsd.UNTIL_DONE)
+                    jax.block_until_ready(state)
                     seconds[way] += time.perf_counter() - began
                     states[way].append(state)
             tokens = [
@@ -372,7 +365,8 @@ def _time(
                 lambda *rows: np.concatenate(rows), *(state.stats for state in states[1])
             )
             num_tokens = new * len(bench.requests)
-            timed[temperature].append(Run(*seconds, *tokens, num_tokens, stats))
+            run = Run(seconds[0], seconds[1], tokens[0], tokens[1], num_tokens, stats)
+            timed[temperature].append(run)
             step(f"decoding, run {number + 1} of {runs}")
     return timed
 
@@ -455,48 +449,19 @@ class Sample(NamedTuple):
     rounds: Iterator[jaxsd.StepInfo]
 
 
-def _stream(bench: Bench, speculative: Speculation, key: jax.Array) -> Sample:
+def _stream(bench: Bench, decoder: jaxsd.Decoder, key: jax.Array) -> Sample:
     """The first prompt, decoded round by round."""
     request = bench.requests[0]
-    state = request.prefill(speculative.prefill, bench.params, key, STREAMED, bench.max_new)
-    return Sample(
-        prompt=bench.prompts[0],
-        tokenizer=bench.target.tokenizer,
-        temperature=STREAMED,
-        num_draft_tokens=speculative.decoder.num_tokens,
-        rounds=_rounds(speculative.decoder, bench.params, state),
+    rounds = decoder.stream(
+        bench.params,
+        request.tokens,
+        np.array([request.length], np.int32),
+        key,
+        sampling=jaxsd.Sampling(STREAMED),
+        max_new_tokens=bench.max_new,
     )
-
-
-def _rounds(
-    decoder: jaxsd.Decoder, params: Any, state: jaxsd.DecodeState
-) -> Iterator[jaxsd.StepInfo]:
-    """What `decoder.stream` yields, by the loop that is already compiled.
-
-    `stream` would compile a round of its own, for several seconds. Here the loop is stopped within
-    a round, whose statistics tell how far that round would have gone, and then does it again up to
-    there: a round depends on nothing but the row's text and key.
-    """
-
-    def run_until(state: jaxsd.DecodeState, length: int, limit: int) -> jaxsd.DecodeState:
-        numbers = {"lengths": np.array([length], np.int32), "limits": np.array([limit], np.int32)}
-        return decoder.run(params, state._replace(done=np.array([False]), **numbers))
-
-    length, limit = int(state.lengths[0]), int(state.limits[0])
-    while length < limit:
-        before = int(state.stats.num_accepted[0])
-        state = run_until(state, length, length + 1)
-        num_accepted = int(state.stats.num_accepted[0]) - before
-        end = min(length + num_accepted + 1, limit)
-        state = run_until(state, length, end)
-        yield jaxsd.StepInfo(
-            tokens=np.asarray(state.tokens)[:, length:end],  # pyright: ignore[reportArgumentType]
-            num_tokens=np.array([end - length]),  # pyright: ignore[reportArgumentType]
-            num_drafted=np.array([decoder.num_tokens]),  # pyright: ignore[reportArgumentType]
-            num_accepted=np.array([num_accepted]),  # pyright: ignore[reportArgumentType]
-            done=state.done,
-        )
-        length = end
+    tokenizer = bench.target.tokenizer
+    return Sample(bench.prompts[0], tokenizer, STREAMED, decoder.num_tokens, rounds)
 
 
 def _all(tasks: Mapping[Any, Callable[[], Any]], step: Step) -> dict[Any, Any]:

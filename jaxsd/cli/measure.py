@@ -42,17 +42,17 @@ class Request(NamedTuple):
     tokens: np.ndarray  # [1, P] int32, padded on the right
     length: int
 
-    def prefill(
-        self, prefill_fn: Callable[..., Any], params: Any, key: Array, temperature: float, new: int
+    def start(
+        self, decoder: jaxsd.Decoder, params: Any, key: Array, temperature: float, new: int
     ) -> jaxsd.DecodeState:
         """The state from which the loop starts, ready on the device."""
-        state = prefill_fn(
+        state = decoder.start(
             params,
             self.tokens,
             np.array([self.length], np.int32),
             key,
-            sampling=jaxsd.Sampling(np.float32(temperature)),
-            max_new_tokens=np.int32(new),
+            sampling=jaxsd.Sampling(temperature),
+            max_new_tokens=new,
         )
         return jax.block_until_ready(state)
 
@@ -66,7 +66,7 @@ def make_round(decoder: jaxsd.Decoder) -> Timer:
 
     def seconds(params: Any, state: jaxsd.DecodeState) -> float:
         began = time.perf_counter()
-        state = jax.block_until_ready(decoder.run(params, state))
+        state = jax.block_until_ready(decoder.run(params, state, jaxsd.UNTIL_DONE))
         return (time.perf_counter() - began) / int(state.stats.num_rounds[0])
 
     return seconds
