@@ -278,11 +278,11 @@ def speculative(
             state = compiled_run(params, state, one)
             after = jax.tree.map(np.array, (state.lengths, state.stats, state.done))
             index = before[0][:, None] + place
-            tokens = np.take_along_axis(
-                np.asarray(state.tokens), np.minimum(index, max_len - 1), axis=1
-            )
+            buffer = np.asarray(state.tokens)
+            tokens: Any = np.take_along_axis(buffer, np.minimum(index, max_len - 1), axis=1)
+            tokens = np.where(index < after[0][:, None], tokens, np.int32(pad_id))
             yield StepInfo(
-                tokens=np.where(index < after[0][:, None], tokens, np.int32(pad_id)),
+                tokens=tokens,
                 num_tokens=after[0] - before[0],
                 num_drafted=after[1].num_drafted - before[1].num_drafted,
                 num_accepted=after[1].num_accepted - before[1].num_accepted,

@@ -278,8 +278,8 @@ class DecoderStream(Protocol):
 class DecoderRun(Protocol):
     """`run(params, state, max_rounds)`: the compiled loop from a state on.
 
-    Stops when every row is done, or after `max_rounds` rounds (traced; `UNTIL_DONE` for all of them).
-    The buffers of `state` are donated: use the returned state from then on.
+    Stops when every row is done, or after `max_rounds` rounds (traced; `UNTIL_DONE` for all of
+    them). The buffers of `state` are donated: use the returned state from then on.
     """
 
     def __call__(

@@ -1,4 +1,4 @@
-"""The small trained pair that ships with the package, so that everything runs without a download."""
+"""The small trained pair that ships with the package: everything runs without a download."""
 
 import pathlib
 from typing import Any, Literal
@@ -13,7 +13,8 @@ DATA = pathlib.Path(__file__).parent / "data"
 def load_embedded(role: Literal["target", "draft"], dtype: Any = jnp.float32) -> Pretrained:
     """The embedded target or draft: a transformer trained on Python sources, and its tokenizer.
 
-    Both have the same tokenizer. How they were trained, and how well, is in `models/data/MODEL_CARD.md`.
+    Both have the same tokenizer. How they were trained, and how well, is in
+    `models/data/MODEL_CARD.md`.
 
     Args:
       role: "target" (18M parameters) or "draft" (0.4M).

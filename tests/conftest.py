@@ -1,4 +1,4 @@
-"""What holds for every test: mistakes that JAX would forgive are errors, nothing is cached on disk."""
+"""What holds for every test: mistakes JAX would forgive are errors, nothing is cached on disk."""
 
 import contextlib
 

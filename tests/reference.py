@@ -59,7 +59,7 @@ def greedy_rounds(next_logits, propose, prompt, *, num_tokens, max_new_tokens, m
 
 
 def prompt_lookup(text, num_tokens, max_ngram, min_ngram):
-    """What followed the latest earlier occurrence of the longest ending, repeated if it runs out."""
+    """What followed the latest earlier occurrence of the longest ending, again and again."""
     text = list(text)
     for size in range(max_ngram, min_ngram - 1, -1):
         ending = text[-size:]

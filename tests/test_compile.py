@@ -109,9 +109,7 @@ def entry_computation(text):
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
 def test_loop_and_prefill_lower_for(platform):
     decoder, params, state = abstract_loop(DRAFTERS["model"], 2)
-    exported = jax.export.export(decoder.run, platforms=[platform])(
-        params, state, jaxsd.UNTIL_DONE
-    )
+    exported = jax.export.export(decoder.run, platforms=[platform])(params, state, jaxsd.UNTIL_DONE)
     assert exported.platforms == (platform,)
     key = jax.eval_shape(lambda: jax.random.key(0))
     prompts = jnp.zeros((2, 16), jnp.int32)
