@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -399,6 +400,7 @@ class _Replay:
 
     def __init__(self, choose: _Choose):
         self.choose = choose
+        self.trace = jax.core.get_opaque_trace_state(convention="nnx")
         self.samplers: list[str] = []
         self.keys: list[Array] = []  # their key data, draw by draw
         # What is known of every uniform so far: it lies in [low, high).
@@ -406,6 +408,10 @@ class _Replay:
         self.high: list[Array] = []
 
     def _use(self, key: Array, sampler: str) -> None:
+        # A draw that is traced apart (under vmap, in the body of a compiled loop) stands for many
+        # draws, and its trace could be remembered: it must not come to its end.
+        if jax.core.get_opaque_trace_state(convention="nnx") != self.trace:
+            raise _CannotReplay(f"{sampler} under vmap or inside a compiled loop or branch")
         is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         self.keys.append(jax.random.key_data(key) if is_typed else key)
         self.samplers.append(sampler)
@@ -669,8 +675,12 @@ def _lanes(fn: Callable[..., Any], args: tuple[np.ndarray, ...], max_lanes: int 
         return jnp.zeros(weights.shape[:1], jnp.int32)
 
     key, other_key = jax.random.key(0), jax.random.key(1)
-    with _patched(_Replay(first)):
-        jax.eval_shape(lambda *args: fn(*args), key, *(x[0] for x in args))  # a lambda: not cached
+
+    def discover(*args: Any) -> Any:
+        with _patched(_Replay(first)):
+            return fn(*args)
+
+    jax.eval_shape(discover, key, *(x[0] for x in args))
     num_paths, size = math.prod(arities), len(args[0])
     if num_paths * size > max_lanes:
         raise _CannotReplay(f"{num_paths} ways to draw for each of {size} inputs")
@@ -695,6 +705,8 @@ def _lanes(fn: Callable[..., Any], args: tuple[np.ndarray, ...], max_lanes: int 
         replay = _Replay(choose)
         with _patched(replay):
             outputs = fn(key, *args)
+        if at != len(arities):
+            raise _CannotReplay("fewer draws than in another run")
         samplers[:] = replay.samplers
         return jax.tree.map(jnp.asarray, outputs), weight, replay.keys
 

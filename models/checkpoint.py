@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -376,6 +377,8 @@ def restore_checkpoint(
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a checkpoint back: the state bit for bit, and the `extra` saved with it.
 
+    The arrays are on the default device and not committed to it, like freshly made ones.
+
     Args:
       folder: of the checkpoints of one run.
       step: see `latest_checkpoint`.
@@ -395,12 +398,18 @@ def restore_checkpoint(
             f"{'is' if len(names) == 1 else 'are'} missing or not what was written; delete it to "
             "go back to the one before"
         )
+    # By way of numpy: arrays that orbax places itself are committed to a device, for which jit
+    # compiles a second program, and a continued run should be the same program to the last bit.
+    wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(target, like)
+            state = checkpointer.restore(target, wanted)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"checkpoint {str(target)!r} does not fit this run: {error}") from error
-    return state, manifest["extra"]
+    shapes = zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
+    if not all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in shapes):
+        raise ValueError(f"checkpoint {str(target)!r} does not fit this run: shapes differ")
+    return jax.tree.map(jnp.array, state), manifest["extra"]
 
 
 def _read_manifest(target: pathlib.Path) -> dict[str, Any]:

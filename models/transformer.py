@@ -179,12 +179,7 @@ def init_params(config: Config, key: Array, dtype: Any = jnp.float32) -> dict[st
     Matrices are normal with standard deviation 1/sqrt(fan-in), the two that write to the residual
     stream divided by sqrt(2 n_layers) more; norm scales are one.
     """
-
-    def init(key: Array) -> dict[str, Any]:
-        params = nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(key))))
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-    return jax.jit(init)(key)
+    return _initializer(config, jnp.dtype(dtype))(key)
 
 
 def forward(config: Config, params: Params, tokens: Array) -> Array:
@@ -280,6 +275,17 @@ _MASKED = -1e30
 def _graph(config: Config) -> Any:
     """The static half of the Flax module, made once per shape."""
     return nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _initializer(config: Config, dtype: Any) -> Any:
+    """`init_params` of one shape, compiled once."""
+
+    def init(key: Array) -> dict[str, Any]:
+        params = nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(key))))
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    return jax.jit(init)
 
 
 def _merge(config: Config, params: Params) -> Transformer:

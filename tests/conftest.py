@@ -1,4 +1,4 @@
-"""What holds for every test: mistakes JAX would forgive are errors, nothing is cached on disk."""
+"""What holds for every test: what JAX would forgive is an error, nothing is cached on disk."""
 
 import contextlib
 

@@ -329,6 +329,32 @@ def test_exact_law_of_small_draws(sample, p):
     assert law.get(True, 0.0) == pytest.approx(p, abs=1e-6)
 
 
+def draw_in_loop(carry):
+    count, key, total, p = carry
+    key, draw_key = jax.random.split(key)
+    return count + 1, key, total + jax.random.bernoulli(draw_key, p).astype(jnp.int32), p
+
+
+def three_draws(key, p):
+    """The sum of three draws in a loop that a `jit` around it would keep as a loop."""
+    start = (jnp.int32(0), key, jnp.int32(0), p)
+    return jax.lax.while_loop(lambda carry: carry[0] < 3, draw_in_loop, start)[2]
+
+
+def test_draws_in_a_compiled_loop_are_never_taken_for_one_draw():
+    """The body's trace used to be remembered with the first outcome baked in, and reused."""
+    p = jnp.float32(0.25)
+    before = int(three_draws(jax.random.key(3), p))
+    law = testing.exact_law(lambda key: three_draws(key, p))
+    want = scipy.stats.binom.pmf(range(4), 3, 0.25)
+    np.testing.assert_allclose([law[k] for k in range(4)], want, atol=1e-6)
+    with pytest.raises(ValueError, match="inside a compiled loop"):
+        testing._lanes(lambda key, p: (three_draws(key, p),), (np.float32([0.25, 0.5]),))
+    with pytest.raises(ValueError, match="under vmap"):
+        testing.exact_law(lambda key: jax.vmap(jax.random.bernoulli)(jax.random.split(key)))
+    assert int(three_draws(jax.random.key(3), p)) == before
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [

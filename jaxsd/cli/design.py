@@ -117,7 +117,7 @@ def describe(result: dict[str, Any]) -> str:
         f"For a target of {target} parameters train a draft of "
         f"{format_quantity(result['draft_parameters'])}, {ratio:.0f} times smaller, on "
         f"{format_quantity(result['draft_tokens'])} tokens, and draft {whole['gamma']} tokens a "
-        f"round: {whole['speedup']:.2f} times as fast as without."
+        f"round: predicted to be {whole['speedup']:.2f} times as fast as without."
     )
     if result["extrapolated"]:
         text += " This lies at the edge of what the laws were fitted on."
@@ -133,7 +133,7 @@ def _table(result: dict[str, Any]) -> rich.table.Table:
         ("draft tokens per round, gamma", f"{result['gamma']:.2f}"),
         ("acceptance probability, alpha", f"{result['alpha']:.4f}"),
         ("speed-up", f"{result['speedup']:.3f}x"),
-        ("throughput, tokens per FLOP", f"{result['throughput']:.4g}"),
+        ("throughput, tokens per two parameters read", f"{result['throughput']:.4g}"),
         ("perplexity of the draft", f"{result['draft_perplexity']:.3f}"),
         ("perplexity of the target", f"{result['target_perplexity']:.3f}"),
         (

@@ -17,6 +17,10 @@ import numpy as np
 from jaxsd.models import corpus
 
 
+# Folders of prose and of tables, the latter near copies of files that were trained on.
+NOT_CODE = ("pydoc_data", "encodings")
+
+
 def draw_prompts(
     documents: Sequence[corpus.Document],
     tokenizer: corpus.Tokenizer,
@@ -65,7 +69,7 @@ def main(
       seed: of the choice.
     """
     files = corpus.read_files(
-        corpus.standard_library(), (".py",), exclude=corpus.STANDARD_LIBRARY_EXCLUDE
+        corpus.standard_library(), (".py",), exclude=(*corpus.STANDARD_LIBRARY_EXCLUDE, *NOT_CODE)
     )
     content = {
         "source": f"the standard library of Python {platform.python_version()}, held-out files",
