@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -74,6 +75,7 @@ class Report(NamedTuple):
     false_alarm: chance that a lossless sampler fails this check; 0 if exact.
     num_cases: laws compared.
     findings: what is wrong, worst first; empty if lossless.
+    note: why the check is not exact, if it is not.
     """
 
     lossless: bool
@@ -84,6 +86,7 @@ class Report(NamedTuple):
     false_alarm: float
     num_cases: int
     findings: tuple[str, ...]
+    note: str = ""
 
     def __bool__(self) -> bool:
         return self.lossless
@@ -94,6 +97,7 @@ class Report(NamedTuple):
             measure = f"smallest p-value {self.p_value:.2g}, {measure}"
         verdict = "lossless" if self.lossless else "NOT lossless"
         lines = [f"{verdict} ({self.method}, {self.num_cases} cases, {measure})"]
+        lines += [f"not exact: {self.note}"] if self.note else []
         return "\n".join(lines + [f"- {finding}" for finding in self.findings])
 
     def raise_if_failed(self) -> "Report":
@@ -395,12 +399,18 @@ _KEY_FUNCTIONS |= {"key_dtype", "key_impl"}
 _Choose = Callable[[Array], Array]  # weights [m, n] to indices [m]
 
 
+def _current_trace() -> Any:
+    """Something equal within one trace and different between two; older JAX has it elsewhere."""
+    home = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
+    return home.get_opaque_trace_state(convention="nnx")
+
+
 class _Replay:
     """Stands in for jax.random's samplers during one run of a function."""
 
     def __init__(self, choose: _Choose):
         self.choose = choose
-        self.trace = jax.core.get_opaque_trace_state(convention="nnx")
+        self.trace = _current_trace()
         self.samplers: list[str] = []
         self.keys: list[Array] = []  # their key data, draw by draw
         # What is known of every uniform so far: it lies in [low, high).
@@ -410,7 +420,7 @@ class _Replay:
     def _use(self, key: Array, sampler: str) -> None:
         # A draw that is traced apart (under vmap, in the body of a compiled loop) stands for many
         # draws, and its trace could be remembered: it must not come to its end.
-        if jax.core.get_opaque_trace_state(convention="nnx") != self.trace:
+        if _current_trace() != self.trace:
             raise _CannotReplay(f"{sampler} under vmap or inside a compiled loop or branch")
         is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         self.keys.append(jax.random.key_data(key) if is_typed else key)
@@ -1033,8 +1043,9 @@ def _check(
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         try:
             return _check_exactly(emit, cases, dtype, strict_layout)
-        except _CannotReplay:
-            return _check_by_samples(emit, cases, seed, false_alarm, strict_layout)
+        except _CannotReplay as error:
+            report = _check_by_samples(emit, cases, seed, false_alarm, strict_layout)
+            return report._replace(note=str(error))
 
 
 def _check_exactly(
@@ -1087,7 +1098,7 @@ def _enumerate(
         try:
             return _enumerate_with(_one_by_one, emit, one_of_a_kind)
         except _EngineFailed as error:
-            raise _CannotReplay("no exact replay") from error
+            raise _CannotReplay(str(error)) from error
 
 
 class _EngineFailed(Exception):
@@ -1103,7 +1114,7 @@ def _enumerate_with(
     try:
         runs = engine(emit, stacked)
     except Exception as error:  # a stranger's function: anything may come out of it
-        raise _EngineFailed from error
+        raise _EngineFailed(f"{type(error).__name__}: {str(error)[:200]}") from error
     weights = runs.weights * np.concatenate([chance for _, chance in drafts])[runs.owners]
     source = np.repeat(np.arange(len(cases)), [len(tokens) for tokens, _ in drafts])[runs.owners]
     outputs = []

@@ -195,15 +195,15 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def init_state(config: Config, train_config: TrainConfig) -> TrainState:
-    """Fresh parameters and optimiser state; a function of the seed."""
-    params = _make_init_params(config)(jax.random.key(train_config.seed))
+def init_state(
+    config: Config, train_config: TrainConfig, params: Mapping[str, Any] | None = None
+) -> TrainState:
+    """Fresh parameters, a function of the seed, or copies of `params`; fresh optimiser state."""
+    if params is None:
+        params = transformer.init_params(config, jax.random.key(train_config.seed))
+    else:  # copies, as a step donates its state
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), dict(params))
     return TrainState(params, make_optimizer(train_config).init(params), jnp.zeros((), jnp.int32))
-
-
-@functools.lru_cache(maxsize=8)
-def _make_init_params(config: Config) -> Callable[[Array], dict[str, Any]]:
-    return jax.jit(functools.partial(transformer.init_params, config))
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -382,6 +382,7 @@ def train(
     tokenizer: corpus.Tokenizer,
     *,
     teacher: Teacher | None = None,
+    initial_params: Mapping[str, Any] | None = None,
     on_checkpoint: Callable[[TrainState, dict[str, Any]], None] | None = None,
     show_progress: bool = True,
 ) -> TrainResult:
@@ -398,6 +399,7 @@ def train(
       data: tokens to learn from and tokens to be evaluated on.
       tokenizer: that made them.
       teacher: model to imitate if `train_config.distill_weight` is above 0; same vocabulary.
+      initial_params: weights to start from instead of random ones; of the same shape.
       on_checkpoint: called after each checkpoint, and with the one a run is continued from, with
         the state and a JSON summary of the run.
       show_progress: a progress bar on a terminal, else a line every 30 seconds, on stderr.
@@ -423,8 +425,9 @@ def train(
     step_fn = make_step(config, train_config, None if teacher is None else teacher.config)
     teacher_params = None if teacher is None else teacher.params
 
-    _claim_folder(folder, _describe_run(config, train_config, data, tokenizer, teacher))
-    state, status = _restore_or_init(folder, config, train_config)
+    described = _describe_run(config, train_config, data, tokenizer, teacher, initial_params)
+    _claim_folder(folder, described)
+    state, status = _restore_or_init(folder, config, train_config, initial_params)
     start = int(state.step)
     tokens_per_step = batch_size * train_config.sequence_length
     clock = _Clock(status.seconds)
@@ -516,6 +519,7 @@ def _describe_run(
     data: corpus.Corpus,
     tokenizer: corpus.Tokenizer,
     teacher: Teacher | None,
+    initial_params: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     settings = dataclasses.asdict(train_config)
     return {
@@ -524,6 +528,9 @@ def _describe_run(
         "corpus": data.fingerprint,
         "tokenizer": tokenizer.fingerprint(),
         "teacher": None if teacher is None else checkpoint.params_fingerprint(teacher.params),
+        "initial": (
+            None if initial_params is None else checkpoint.params_fingerprint(initial_params)
+        ),
     }
 
 
@@ -564,11 +571,14 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _restore_or_init(
-    folder: pathlib.Path, config: Config, train_config: TrainConfig
+    folder: pathlib.Path,
+    config: Config,
+    train_config: TrainConfig,
+    initial_params: Mapping[str, Any] | None,
 ) -> tuple[TrainState, _Status]:
     step = checkpoint.latest_checkpoint(folder / CHECKPOINTS)
     if step is None:
-        return init_state(config, train_config), _Status()
+        return init_state(config, train_config, initial_params), _Status()
     like = jax.eval_shape(lambda: init_state(config, train_config))
     state, extra = checkpoint.restore_checkpoint(folder / CHECKPOINTS, step, like)
     return state, _Status(**extra)

@@ -211,6 +211,7 @@ def test_what_cannot_be_replayed_is_tested_by_chi_square(fault):
 
     report = testing.check_function(fn, vocab_size=3, num_tokens=[1])
     assert report.method == "chi-square"
+    assert "gumbel has no exact replay" in report.note
     assert bool(report) != fault
     assert report.false_alarm == 1e-6
 

@@ -491,3 +491,24 @@ def test_progress_goes_to_stderr_line_by_line(data, tmp_path, capsys):
     assert last.startswith("step 12/12  loss ")
     assert "tokens/s" in last
     assert "0:00 left" in last
+
+
+def test_a_run_starts_from_the_weights_it_is_given_and_leaves_them_whole(tmp_path, data, params):
+    before = jax.tree.map(np.array, params)
+    settings = replace(steps=1, warmup_steps=0, learning_rate=1e-12, weight_decay=0.0)
+    result = run(tmp_path / "run", data, settings, initial_params=params)
+    assert_same(params, before)  # a step donates its state, and this is the caller's
+    for leaf, start in zip(
+        jax.tree.leaves(result.state.params), jax.tree.leaves(before), strict=True
+    ):
+        np.testing.assert_allclose(leaf, start, atol=1e-9)
+    other = jax.tree.map(lambda leaf: leaf + 1.0, params)
+    with pytest.raises(ValueError, match="other settings"):
+        run(tmp_path / "run", data, settings, initial_params=other)
+
+
+def test_a_model_of_another_shape_is_no_start(tmp_path):
+    params = training.init_state(CONFIG, SETTINGS).params
+    checkpoint.save_model(tmp_path / "small", CONFIG, params, TOKENIZER)
+    with pytest.raises(ValueError, match=r"init_from=.*another shape"):
+        command.train(str(tmp_path / "run"), tokenizer="bytes", init_from=str(tmp_path / "small"))

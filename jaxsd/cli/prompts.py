@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxsd.models import corpus
 
-
 # Folders of prose and of tables, the latter near copies of files that were trained on.
 NOT_CODE = ("pydoc_data", "encodings")
 

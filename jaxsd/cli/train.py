@@ -41,6 +41,7 @@ def train(
     dtype: Literal["float32", "bfloat16"] = "float32",
     distill_from: str | None = None,
     distill_weight: float = 0.5,
+    init_from: str | None = None,
     seed: int = 0,
     eval_every: int = 500,
     eval_batches: int = 16,
@@ -82,6 +83,7 @@ def train(
       dtype: of the computation, float32 or bfloat16.
       distill_from: folder of a model to imitate.
       distill_weight: share of the imitation in the loss.
+      init_from: folder of a model of the same shape to start from, instead of random weights.
       seed: of initial parameters and data order.
       eval_every: steps between evaluations.
       eval_batches: batches per evaluation.
@@ -136,6 +138,7 @@ def train(
         configs.CONFIGS[config], vocab_size=pieces.vocab_size, **changes
     )
     teacher = None if distill_from is None else _load_teacher(distill_from, pieces)
+    initial = None if init_from is None else _load_initial(init_from, model_config, pieces)
     data = corpus_lib.encode_corpus(files, pieces)
     num_parameters = transformer.num_parameters(model_config)
     summary = {
@@ -150,6 +153,8 @@ def train(
             "fingerprint": data.fingerprint,
         },
         "training": dataclasses.asdict(train_config),
+        "distilled_from": distill_from,
+        "initialised_from": init_from,
     }
     if progress:
         print(
@@ -177,6 +182,7 @@ def train(
         data,
         pieces,
         teacher=teacher,
+        initial_params=initial,
         on_checkpoint=export,
         show_progress=progress,
     )
@@ -225,6 +231,17 @@ def _load_teacher(folder: str, tokenizer: corpus_lib.Tokenizer) -> training.Teac
             f"distill_from={folder!r} has another tokenizer: pass tokenizer={folder!r} too"
         )
     return training.Teacher(teacher.config, teacher.params)
+
+
+def _load_initial(
+    folder: str, config: configs.Config, tokenizer: corpus_lib.Tokenizer
+) -> dict[str, Any]:
+    model = checkpoint.load_model(folder)
+    if model.config != config:
+        raise ValueError(f"init_from={folder!r} has another shape: {model.config}, not {config}")
+    if model.tokenizer.fingerprint() != tokenizer.fingerprint():
+        raise ValueError(f"init_from={folder!r} has another tokenizer: pass tokenizer={folder!r}")
+    return model.params
 
 
 if __name__ == "__main__":
