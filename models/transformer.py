@@ -323,7 +323,7 @@ def _linear(x: Array, weight: Array) -> Array:
     """x `[B, T, in]` times weight `[out, in]`, to `[B, T, out]`."""
     batch, length, width = x.shape
     rows = x.reshape(batch * length, width)
-    if len(rows) <= _MAX_THIN_ROWS and weight.size >= _MIN_LARGE_WEIGHT:
+    if len(rows) <= _MAX_THIN_ROWS:
         out = lax.platform_dependent(rows, weight, cpu=_thin_product_on_cpu, default=_product)
     else:
         out = _product(rows, weight)
@@ -336,17 +336,29 @@ def _product(rows: Array, weight: Array) -> Array:
 
 
 def _thin_product_on_cpu(rows: Array, weight: Array) -> Array:
-    """The same product of few rows with a large matrix, in the form XLA's CPU backend runs best.
+    """The same product of few rows, in the form that XLA's CPU backend runs best.
 
-    Measured on 2 cores, jaxlib 0.10, matrices of the 18M target (milliseconds for all of them, best
-    of 12 interleaved):
+    Measured on 2 cores with jaxlib 0.10, best of 12 or more interleaved runs. Milliseconds for all
+    matrices of the 18M target:
 
         rows                 1      2      3      4      5      7
         `_product`         2.69   4.57   4.55   4.66   5.23   5.78
         halves             2.25   6.18   7.17   6.33   6.84   7.26
         weight on the left 2.73   2.97   3.30   3.51   4.69   5.04
+
+    and for a pass of the 0.4M draft, whose matrices are too small to be shared by two threads:
+
+        rows                 1      2      3
+        `_product`         0.047  0.177  0.181
+        weight on the left 0.047  0.139  0.143
+        row by row         0.047  0.088  0.130
     """
-    if len(rows) == 1 and weight.shape[0] % 2 == 0:
+    num_rows, size = len(rows), weight.size
+    if size < _MIN_LARGE_WEIGHT:
+        if num_rows > 3:
+            return _product(rows, weight)
+        return jnp.concatenate([_product(rows[i : i + 1], weight) for i in range(num_rows)])
+    if num_rows == 1 and weight.shape[0] % 2 == 0:
         # One row is a matrix-vector product, which XLA gives to one thread. As a batch of two
         # halves it reads the weights with two.
         halves = weight.reshape(2, -1, weight.shape[1])
@@ -357,7 +369,7 @@ def _thin_product_on_cpu(rows: Array, weight: Array) -> Array:
     return lax.optimization_barrier(_product(weight, rows)).T
 
 
-# What counts as few rows and as a large matrix in `_linear`; small models lose by the detour.
+# What counts as few rows and as a large matrix in `_thin_product_on_cpu`.
 _MAX_THIN_ROWS = 16
 _MIN_LARGE_WEIGHT = 2**18
 
