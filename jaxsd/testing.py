@@ -620,7 +620,7 @@ def _patched(replay: _Replay) -> Iterator[None]:
         if not name.startswith("_") and callable(getattr(jax.random, name)):
             samplers[name] = opaque(name)
     replaced = [(jax.random, name, sampler) for name, sampler in samplers.items()]
-    package = sys.modules[__package__]
+    package = sys.modules["jaxsd"]
     replaced += [(module, "categorical", replay.token) for module in (package, sampling_lib)]
     originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     try:

@@ -200,10 +200,10 @@ def init_state(
 ) -> TrainState:
     """Fresh parameters, a function of the seed, or copies of `params`; fresh optimiser state."""
     if params is None:
-        params = transformer.init_params(config, jax.random.key(train_config.seed))
+        own = transformer.init_params(config, jax.random.key(train_config.seed))
     else:  # copies, as a step donates its state
-        params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), dict(params))
-    return TrainState(params, make_optimizer(train_config).init(params), jnp.zeros((), jnp.int32))
+        own = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), dict(params))
+    return TrainState(own, make_optimizer(train_config).init(own), jnp.zeros((), jnp.int32))
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
