@@ -134,7 +134,7 @@ for batch_size in (1, 8):
     )
     on_tpu = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     params, state = jax.tree.map(on_tpu, (params, state))
-    text = decoder.run.lower(params, state, jaxsd.UNTIL_DONE).compile().as_text()
+    text = decoder.run.lower(params, state, test_compile.jaxsd.UNTIL_DONE).compile().as_text()
     assert "while(" in text
     print(batch_size, len(test_compile.cache_copies(text, state)))
 """
