@@ -1,9 +1,11 @@
 """What every public function does with its arguments: refuse wrong numbers, agree on a dtype."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -51,3 +53,17 @@ def as_floats(*values: Any) -> list[Array]:
     ]
     shape = jnp.broadcast_shapes(*(x.shape for x in floats))
     return [jnp.broadcast_to(x, shape) for x in floats]
+
+
+@contextlib.contextmanager
+def float64_on_host() -> Iterator[None]:
+    """Double precision on the CPU within the block, in this thread only."""
+    # The name in new versions of JAX, or else the one in old versions; no version has both to stay.
+    home = jax if hasattr(jax, "enable_x64") else jax.experimental
+    enable_x64 = getattr(home, "enable_x64")  # noqa: B009 (a type checker knows one of the two)
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out; then wherever arrays go
+        cpu = None
+    with enable_x64(True), jax.default_device(cpu):
+        yield

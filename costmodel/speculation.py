@@ -15,12 +15,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ._inputs import (
-    AT_LEAST_ONE,
     NON_NEGATIVE,
     POSITIVE,
     PROBABILITY,
     as_floats,
-    is_traced,
     require,
 )
 from ._numerics import expm1_over, geometric_sum, log_excess_inverse, safe_log
@@ -65,6 +63,90 @@ def expected_tokens(alpha: ArrayLike, gamma: ArrayLike) -> Array:
     require("gamma", gamma, NON_NEGATIVE)
     alpha_, gamma_ = as_floats(alpha, gamma)
     return 1 + alpha_ * geometric_sum(safe_log(alpha_), gamma_)
+
+
+def expected_tokens_by_position(acceptance_by_position: ArrayLike, gamma: ArrayLike) -> Array:
+    """Returns the mean number of tokens per round from acceptance measured position by position.
+
+    Holds for any pattern of acceptance, where `expected_tokens` needs one alpha for all positions;
+    with `acceptance_by_position[i] = alpha^(i + 1)` the two agree. A gamma between whole numbers
+    interpolates linearly, as varying the length between rounds would. Beyond the last measured
+    position acceptance goes on to fall as it did on average up to there.
+
+        E = 1 + sum over i < gamma of acceptance_by_position[i]
+
+    Args:
+      acceptance_by_position: `[..., K]` share of rounds in which at least 1, 2, ..., K drafted
+        tokens were accepted, in [0, 1], falling.
+      gamma: `[...]` number of tokens drafted per round, at least 0.
+
+    Returns:
+      `[...]` tokens per round, in [1, gamma + 1].
+
+    Raises:
+      ValueError: an argument is outside its range or NaN, or has no positions.
+
+    Example:
+      >>> from jaxsd import costmodel
+      >>> float(costmodel.expected_tokens_by_position([0.75, 0.5, 0.5], 2))
+      2.25
+    """
+    shape = np.shape(acceptance_by_position)
+    if not shape or not shape[-1]:
+        raise ValueError(f"acceptance_by_position of shape {shape} must have shape [..., K]")
+    require("acceptance_by_position", acceptance_by_position, PROBABILITY)
+    require("gamma", gamma, NON_NEGATIVE)
+    gammas = jnp.asarray(gamma)[..., None]
+    shares, gammas, positions = as_floats(acceptance_by_position, gammas, np.arange(shape[-1]))
+    measured = (jnp.clip(gammas - positions, 0, 1) * shares).sum(-1)
+    last, gamma_ = shares[..., -1], gammas[..., 0]
+    # acceptance[K - 1 + n] = last * decay^n, n = 1, 2, ...
+    log_decay = jnp.where(last > 0, safe_log(last) / shape[-1], safe_log(jnp.zeros_like(last)))
+    more = jnp.maximum(gamma_ - shape[-1], 0)
+    beyond = jnp.where(more > 0, last * jnp.exp(log_decay) * geometric_sum(log_decay, more), 0)
+    return 1 + measured + beyond
+
+
+def simulate_tokens(key: Array, acceptance_by_position: ArrayLike, num_rounds: int) -> Array:
+    """Returns the number of tokens that each of many simulated rounds commits.
+
+    The check of every formula here that shares no step with them: tokens are accepted or not, one
+    after the other, up to the first that is not.
+
+    Args:
+      key: a JAX random key.
+      acceptance_by_position: `[gamma]` share of rounds in which at least 1, 2, ..., gamma drafted
+        tokens are accepted, in [0, 1], falling; `alpha ** jnp.arange(1, gamma + 1)` for one alpha.
+      num_rounds: how many, a Python integer (it is a shape).
+
+    Returns:
+      `[num_rounds]` int32, 1 to gamma + 1; the mean is `expected_tokens` up to its sampling error.
+
+    Raises:
+      ValueError: a share is outside its range or NaN, or the shape is not `[gamma]`.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jaxsd import costmodel
+      >>> alpha = 0.8 ** jnp.arange(1, 5)
+      >>> tokens = costmodel.simulate_tokens(jax.random.key(0), alpha, 100_000)
+      >>> bool(abs(tokens.mean() - costmodel.expected_tokens(0.8, 4)) < 0.03)  # 6 standard errors
+      True
+    """
+    if np.ndim(acceptance_by_position) != 1:
+        raise ValueError(
+            f"acceptance_by_position of shape {np.shape(acceptance_by_position)} must have shape "
+            "[gamma]"
+        )
+    require("acceptance_by_position", acceptance_by_position, PROBABILITY)
+    (shares,) = as_floats(acceptance_by_position)
+    before = jnp.concatenate([jnp.ones(1, shares.dtype), shares[:-1]])
+    # The chance of a position given the one before it.
+    conditional = jnp.where(before > 0, shares / jnp.where(before > 0, before, 1), 0)
+    draws = jax.random.uniform(key, (num_rounds, shares.shape[0]), shares.dtype)
+    accepted = jnp.cumprod((draws < conditional[None, :]).astype(jnp.int32), axis=1)
+    return 1 + accepted.sum(1, dtype=jnp.int32)
 
 
 def speedup(
@@ -114,16 +196,23 @@ def speedup(
     return tokens / (gamma_ * draft + verify + overhead)
 
 
-def optimal_gamma(alpha: ArrayLike, cost_ratio: ArrayLike) -> Array:
+def optimal_gamma(
+    alpha: ArrayLike,
+    cost_ratio: ArrayLike,
+    *,
+    verify_slope: ArrayLike = 0.0,
+    overhead_ratio: ArrayLike = 0.0,
+) -> Array:
     """Returns the number of draft tokens, a real number, that makes the speed-up largest.
 
-    0 means: do not speculate. That is the answer exactly where no positive gamma gains, so where
-    `cost_ratio >= -alpha ln(alpha) / (1 - alpha)`. At `alpha=1` with `cost_ratio < 1` every
-    further token pays and the answer is infinite. Differentiable to any order; the gradient is
-    zero where the answer is 0 or infinite.
+    0 means: do not speculate. That is the answer exactly where no positive gamma gains; without
+    overhead, where `cost_ratio + verify_slope >= -alpha ln(alpha) / (1 - alpha)`. At `alpha=1`
+    with that sum below 1 every further token pays and the answer is infinite. Differentiable to any
+    order; the gradient is zero where the answer is 0 or infinite.
 
-        u - ln u = 1 - (1 / cost_ratio - 1) ln(alpha),  u > 1
+        u - ln u = 1 - (1 / c - 1) ln(alpha),  u > 1
         gamma = ln u / (-ln alpha) - 1
+        c = (cost_ratio + verify_slope) / (1 + overhead_ratio)
 
     Here u is `-W(z)` on the -1 branch of Lambert's function; the form above needs no z, which
     underflows float32 for cheap drafts. A fractional gamma is reached on average by varying the
@@ -132,6 +221,9 @@ def optimal_gamma(alpha: ArrayLike, cost_ratio: ArrayLike) -> Array:
     Args:
       alpha: probability that a drafted token is accepted, in [0, 1].
       cost_ratio: time of one draft step / time of one target pass, positive.
+      verify_slope: time that one more token adds to the target's pass / time of the pass over one
+        token, at least 0; 0 while reading the weights takes longer than the arithmetic.
+      overhead_ratio: other time per round / time of one target pass, at least 0.
 
     Returns:
       Draft tokens per round, at least 0.
@@ -148,9 +240,7 @@ def optimal_gamma(alpha: ArrayLike, cost_ratio: ArrayLike) -> Array:
 
     Source: SDSL, arXiv 2603.11053, eq. 13.
     """
-    require("alpha", alpha, PROBABILITY)
-    require("cost_ratio", cost_ratio, POSITIVE)
-    optimum = _optimum(*as_floats(alpha, cost_ratio))
+    optimum = _linear_optimum(alpha, cost_ratio, verify_slope, overhead_ratio)
     bounded = optimum.log_alpha < 0
     # alpha^(gamma + 1) = 1 / u. The textbook form, (u - 1) / (-ln alpha) - 1 / cost_ratio, is the
     # same number as a difference of two large ones.
@@ -160,18 +250,27 @@ def optimal_gamma(alpha: ArrayLike, cost_ratio: ArrayLike) -> Array:
     return jnp.where(optimum.pays, gamma, 0)
 
 
-def optimal_speedup(alpha: ArrayLike, cost_ratio: ArrayLike) -> Array:
+def optimal_speedup(
+    alpha: ArrayLike,
+    cost_ratio: ArrayLike,
+    *,
+    verify_slope: ArrayLike = 0.0,
+    overhead_ratio: ArrayLike = 0.0,
+) -> Array:
     """Returns the largest speed-up over all gamma, real and at least 0.
 
-    Never below 1, for plain decoding is among the choices, and never above `1 / cost_ratio`.
-    Equals `speedup(alpha, optimal_gamma(alpha, cost_ratio), cost_ratio)` and stays finite where
-    that gamma does not: at `alpha=1` it is `1 / cost_ratio`.
+    Never below 1, for plain decoding is among the choices, and never above
+    `1 / (cost_ratio + verify_slope)`. Equals `speedup` at `optimal_gamma` and stays finite where
+    that gamma does not: at `alpha=1` it is that upper bound.
 
-        S = -ln(alpha) / (cost_ratio * u * (1 - alpha)),  u as in `optimal_gamma`
+        S = -ln(alpha) / ((cost_ratio + verify_slope) u (1 - alpha)),  u as in `optimal_gamma`
 
     Args:
       alpha: probability that a drafted token is accepted, in [0, 1].
       cost_ratio: time of one draft step / time of one target pass, positive.
+      verify_slope: time that one more token adds to the target's pass / time of the pass over one
+        token, at least 0; 0 while reading the weights takes longer than the arithmetic.
+      overhead_ratio: other time per round / time of one target pass, at least 0.
 
     Returns:
       Tokens per second with speculation / without, at least 1.
@@ -186,13 +285,8 @@ def optimal_speedup(alpha: ArrayLike, cost_ratio: ArrayLike) -> Array:
 
     Source: SDSL, arXiv 2603.11053, eq. 4.
     """
-    require("alpha", alpha, PROBABILITY)
-    require("cost_ratio", cost_ratio, POSITIVE)
-    alpha_, cost = as_floats(alpha, cost_ratio)
-    optimum = _optimum(alpha_, cost)
-    alpha_below_one = expm1_over(optimum.log_alpha)  # (1 - alpha) / -ln(alpha)
-    best = 1 / (cost * (1 + optimum.u_minus_one) * alpha_below_one)
-    return jnp.where(optimum.pays, jnp.maximum(best, 1), 1)
+    optimum = _linear_optimum(alpha, cost_ratio, verify_slope, overhead_ratio)
+    return jnp.where(optimum.pays, jnp.maximum(optimum.speedup, 1), 1)
 
 
 def optimal_integer_gamma(alpha: ArrayLike, cost_ratio: ArrayLike, max_gamma: int = 64) -> Array:
@@ -234,7 +328,7 @@ def optimal_integer_gamma(alpha: ArrayLike, cost_ratio: ArrayLike, max_gamma: in
     return goes_up.sum(-1, dtype=jnp.int32)
 
 
-def throughput(
+def sdsl_throughput(
     alpha: ArrayLike, gamma: ArrayLike, draft_parameters: ArrayLike, target_parameters: ArrayLike
 ) -> Array:
     """Returns tokens per FLOP in the sense of SDSL, with the cost ratio N / M.
@@ -259,7 +353,7 @@ def throughput(
 
     Example:
       >>> from jaxsd import costmodel
-      >>> print(f"{costmodel.throughput(0.65, 8, 0.3e9, 70e9):.4g}")
+      >>> print(f"{costmodel.sdsl_throughput(0.65, 8, 0.3e9, 70e9):.4g}")
       1.932e-11
 
     Source: SDSL, arXiv 2603.11053, eq. 3.
@@ -270,10 +364,10 @@ def throughput(
     return speedup(alpha_, gamma_, draft / target) / (2 * target)
 
 
-def optimal_throughput(
+def optimal_sdsl_throughput(
     alpha: ArrayLike, draft_parameters: ArrayLike, target_parameters: ArrayLike
 ) -> Array:
-    """Returns the largest `throughput` over all gamma, real and at least 0.
+    """Returns the largest `sdsl_throughput` over all gamma, real and at least 0.
 
         T = -ln(alpha) / (2 N u (1 - alpha)),  u as in `optimal_gamma` with cost ratio N / M
 
@@ -283,14 +377,14 @@ def optimal_throughput(
       target_parameters: M, positive.
 
     Returns:
-      Tokens per two parameters read, the unit of `throughput`; at least `1 / (2 M)`.
+      Tokens per two parameters read, the unit of `sdsl_throughput`; at least `1 / (2 M)`.
 
     Raises:
       ValueError: an argument is outside its range or NaN.
 
     Example:
       >>> from jaxsd import costmodel
-      >>> print(f"{costmodel.optimal_throughput(0.65, 0.3e9, 70e9):.4g}")
+      >>> print(f"{costmodel.optimal_sdsl_throughput(0.65, 0.3e9, 70e9):.4g}")
       1.94e-11
 
     Source: SDSL, arXiv 2603.11053, eq. 4.
@@ -301,153 +395,12 @@ def optimal_throughput(
     return optimal_speedup(alpha_, draft / target) / (2 * target)
 
 
-def alpha_to_acceptance_rate(alpha: ArrayLike, gamma: ArrayLike) -> Array:
-    """Returns the share of drafted tokens that are accepted.
-
-    Logs print this as acceptance rate. It is lower than alpha for `gamma > 1`, since nothing after
-    the first rejection counts. Exactly 0 and 1 at `alpha` 0 and 1.
-
-        rate = (E - 1) / gamma = alpha (1 - alpha^gamma) / (gamma (1 - alpha))
-
-    Args:
-      alpha: probability that a drafted token is accepted, in [0, 1].
-      gamma: number of tokens drafted per round, positive.
-
-    Returns:
-      Accepted tokens / drafted tokens, in [0, 1].
-
-    Raises:
-      ValueError: an argument is outside its range or NaN.
-
-    Example:
-      >>> from jaxsd import costmodel
-      >>> round(float(costmodel.alpha_to_acceptance_rate(0.8, 10)), 4)
-      0.3571
-    """
-    require("alpha", alpha, PROBABILITY)
-    require("gamma", gamma, POSITIVE)
-    return _rate(*as_floats(alpha, gamma))
-
-
-def acceptance_rate_to_alpha(rate: ArrayLike, gamma: ArrayLike) -> Array:
-    """Returns the alpha that yields a measured acceptance rate: the one to compare and to model.
-
-    The inverse of `alpha_to_acceptance_rate`, to a few units of the last digit, and differentiable
-    in both arguments. A rate that falls with gamma is often one and the same alpha.
-
-        solve alpha (1 - alpha^gamma) / (gamma (1 - alpha)) = rate
-
-    Args:
-      rate: accepted tokens / drafted tokens, in [0, 1].
-      gamma: number of tokens drafted per round, positive.
-
-    Returns:
-      Probability that a drafted token is accepted, in [0, 1]; exactly 0 and 1 at `rate` 0 and 1.
-
-    Raises:
-      ValueError: an argument is outside its range or NaN.
-
-    Example:
-      >>> import numpy as np
-      >>> from jaxsd import costmodel
-      >>> rates = costmodel.acceptance_rate_to_alpha(np.array([0.8, 0.59, 0.357]), [1, 4, 10])
-      >>> [round(float(rate), 2) for rate in rates]
-      [0.8, 0.8, 0.8]
-    """
-    require("rate", rate, PROBABILITY)
-    require("gamma", gamma, POSITIVE)
-    return _rate_inverse(*as_floats(rate, gamma))
-
-
-def acceptance_rate_to_length(rate: ArrayLike, gamma: ArrayLike) -> Array:
-    """Returns the mean acceptance length, tokens per target pass with the target's own token.
-
-    Holds for any pattern of acceptance, independent or not.
-
-        length = 1 + gamma * rate
-
-    Args:
-      rate: accepted tokens / drafted tokens, in [0, 1].
-      gamma: number of tokens drafted per round, at least 0.
-
-    Returns:
-      Tokens per round, in [1, gamma + 1].
-
-    Raises:
-      ValueError: an argument is outside its range or NaN.
-
-    Example:
-      >>> from jaxsd import costmodel
-      >>> float(costmodel.acceptance_rate_to_length(0.5, 4))
-      3.0
-    """
-    require("rate", rate, PROBABILITY)
-    require("gamma", gamma, NON_NEGATIVE)
-    rate_, gamma_ = as_floats(rate, gamma)
-    return 1 + gamma_ * rate_
-
-
-def acceptance_length_to_rate(length: ArrayLike, gamma: ArrayLike) -> Array:
-    """Returns the share of drafted tokens that are accepted, from a mean acceptance length.
-
-    Some engines count the target's own token in the length and some do not; here it counts, so a
-    length is at least 1.
-
-        rate = (length - 1) / gamma
-
-    Args:
-      length: tokens per round, in [1, gamma + 1].
-      gamma: number of tokens drafted per round, positive.
-
-    Returns:
-      Accepted tokens / drafted tokens, in [0, 1].
-
-    Raises:
-      ValueError: an argument is outside its range or NaN.
-
-    Example:
-      >>> from jaxsd import costmodel
-      >>> float(costmodel.acceptance_length_to_rate(3.0, 4))
-      0.5
-    """
-    require("gamma", gamma, POSITIVE)
-    require("length", length, AT_LEAST_ONE)
-    if not is_traced(gamma):
-        most = np.asarray(gamma) + 1
-        require("length", length, (lambda x: x <= most, "at most gamma + 1"))
-    length_, gamma_ = as_floats(length, gamma)
-    return (length_ - 1) / gamma_
-
-
-def acceptance_length_to_alpha(length: ArrayLike, gamma: ArrayLike) -> Array:
-    """Returns the alpha that yields a mean acceptance length; the inverse of `expected_tokens`.
-
-        solve (1 - alpha^(gamma + 1)) / (1 - alpha) = length
-
-    Args:
-      length: tokens per round with the target's own token, in [1, gamma + 1].
-      gamma: number of tokens drafted per round, positive.
-
-    Returns:
-      Probability that a drafted token is accepted, in [0, 1].
-
-    Raises:
-      ValueError: an argument is outside its range or NaN.
-
-    Example:
-      >>> from jaxsd import costmodel
-      >>> round(float(costmodel.acceptance_length_to_alpha(3.3616, 4)), 4)
-      0.8
-    """
-    rate = acceptance_length_to_rate(length, gamma)
-    return _rate_inverse(*as_floats(rate, gamma))
-
-
 def best_num_tokens(
     alpha: ArrayLike,
     target_seconds: ArrayLike,
     draft_seconds: ArrayLike,
     verify_seconds: ArrayLike,
+    overhead_seconds: ArrayLike = 0.0,
 ) -> NumTokensPrediction:
     """Returns the predicted speed-up for every number of draft tokens, from measured times.
 
@@ -455,17 +408,19 @@ def best_num_tokens(
     prediction is for one sequence of that batch. K = 0 is plain decoding, predicted at exactly 1,
     and is the answer wherever no K is faster.
 
-        tokens_per_second[K] = E(alpha, K) / (draft_seconds[K] + verify_seconds[K])
+        tokens_per_second[K] = E(K) / (draft_seconds[K] + verify_seconds[K] + overhead_seconds)
         tokens_per_second[0] = 1 / target_seconds
 
     Args:
       alpha: probability that a drafted token is accepted, in [0, 1]; a scalar (`jax.vmap` for
-        more). From a measured rate: `acceptance_rate_to_alpha`.
+        more). From a measured rate: `acceptance_rate_to_alpha`. Or `[K_max]` acceptance by
+        position: the share of rounds in which at least 1, 2, ..., K_max tokens are accepted.
       target_seconds: time of one plain decoding step, positive.
       draft_seconds: time of one draft step, or `[K_max + 1]` times of drafting K = 0..K_max tokens
         (the first is not used); at least 0.
       verify_seconds: `[K_max + 1]` times of the target's pass over K + 1 tokens, K = 0..K_max (the
         first is not used), positive.
+      overhead_seconds: other time of a round of speculation, at least 0.
 
     Returns:
       The fastest K and, for every K, speed-up, tokens per second and mean acceptance length.
@@ -489,21 +444,30 @@ def best_num_tokens(
             f"draft_seconds of shape {draft_shape} must be a scalar or have the shape of "
             f"verify_seconds, {verify_shape}"
         )
-    if np.shape(alpha) or np.shape(target_seconds):
+    if np.shape(target_seconds) or np.shape(overhead_seconds):
         raise ValueError(
-            f"alpha of shape {np.shape(alpha)} and target_seconds of shape "
-            f"{np.shape(target_seconds)} must be scalars"
+            f"target_seconds of shape {np.shape(target_seconds)} and overhead_seconds of shape "
+            f"{np.shape(overhead_seconds)} must be scalars"
+        )
+    if np.shape(alpha) not in ((), (verify_shape[0] - 1,)):
+        raise ValueError(
+            f"alpha of shape {np.shape(alpha)} must be a scalar or have shape [K_max], "
+            f"[{verify_shape[0] - 1}]"
         )
     require("target_seconds", target_seconds, POSITIVE)
     require("draft_seconds", draft_seconds, NON_NEGATIVE)
     require("verify_seconds", verify_seconds, POSITIVE)
+    require("overhead_seconds", overhead_seconds, NON_NEGATIVE)
     num_tokens = np.arange(verify_shape[0])
-    tokens = expected_tokens(alpha, num_tokens)
-    tokens, count, target, draft, verify = as_floats(
-        tokens, num_tokens, target_seconds, draft_seconds, verify_seconds
+    if np.shape(alpha) and verify_shape[0] > 1:
+        tokens = expected_tokens_by_position(jnp.asarray(alpha)[None, :], num_tokens)
+    else:
+        tokens = expected_tokens(alpha, num_tokens)
+    tokens, count, target, draft, verify, overhead = as_floats(
+        tokens, num_tokens, target_seconds, draft_seconds, verify_seconds, overhead_seconds
     )
     drafting = draft if draft_shape else count * draft
-    round_seconds = jnp.where(count > 0, drafting + verify, target)
+    round_seconds = jnp.where(count > 0, drafting + verify + overhead, target)
     gain = tokens * target / round_seconds
     return NumTokensPrediction(
         num_tokens=jnp.argmax(gain).astype(jnp.int32),  # the first, so the smallest, of equals
@@ -517,63 +481,35 @@ class _Optimum(NamedTuple):
     pays: Array  # whether any gamma > 0 gains
     u_minus_one: Array  # u of `optimal_gamma`, less 1; 0 at alpha = 1 and where nothing pays
     log_alpha: Array
+    speedup: Array  # at that gamma
+
+
+def _linear_optimum(
+    alpha: ArrayLike, cost_ratio: ArrayLike, verify_slope: ArrayLike, overhead_ratio: ArrayLike
+) -> _Optimum:
+    """The best gamma where a round takes a fixed time and a time for every drafted token."""
+    require("alpha", alpha, PROBABILITY)
+    require("cost_ratio", cost_ratio, POSITIVE)
+    require("verify_slope", verify_slope, NON_NEGATIVE)
+    require("overhead_ratio", overhead_ratio, NON_NEGATIVE)
+    return _optimum(*as_floats(alpha, cost_ratio, verify_slope, overhead_ratio))
 
 
 @jax.jit
-def _optimum(alpha: Array, cost_ratio: Array) -> _Optimum:
+def _optimum(alpha: Array, cost_ratio: Array, slope: Array, overhead: Array) -> _Optimum:
     """Solves the first-order condition of the speed-up in gamma."""
     log_alpha = safe_log(alpha)
-    # The slope of the speed-up at gamma = 0 is positive: -alpha ln(alpha) > c (1 - alpha).
-    pays = cost_ratio * expm1_over(log_alpha) < alpha
-    solvable = pays & (log_alpha < 0)
-    s_minus_one = -log_alpha * (1 - cost_ratio) / cost_ratio
+    alpha_below_one = expm1_over(log_alpha)  # (1 - alpha) / -ln(alpha)
+    per_token, fixed = cost_ratio + slope, 1 + overhead
+    ratio = per_token / fixed
+    # The slope of tokens per second at gamma = 0 is positive: -alpha ln(alpha) > c (1 - alpha).
+    rises = ratio * alpha_below_one < alpha
+    solvable = rises & (log_alpha < 0)
+    s_minus_one = -log_alpha * (1 - ratio) / ratio
     u_minus_one = log_excess_inverse(jnp.where(solvable, s_minus_one, 1))
-    return _Optimum(pays, jnp.where(solvable, u_minus_one, 0), log_alpha)
-
-
-def _log_rate(log_alpha: Array, gamma: Array) -> Array:
-    """Logarithm of the acceptance rate, as a function of the logarithm of alpha."""
-    return log_alpha + jnp.log(geometric_sum(log_alpha, gamma) / gamma)
-
-
-@jax.jit
-def _rate(alpha: Array, gamma: Array) -> Array:
-    """The acceptance rate, smooth and exact at both ends of alpha."""
-    return alpha * geometric_sum(safe_log(alpha), gamma) / gamma
-
-
-@jax.jit  # outside a jit of the caller's, a loop would be compiled anew at every call
-def _rate_inverse(rate: Array, gamma: Array) -> Array:
-    """Solves `_rate(alpha, gamma) = rate` for alpha."""
-    return _rate_root(rate, gamma)
-
-
-@jax.custom_jvp
-def _rate_root(rate: Array, gamma: Array) -> Array:
-    """The same, with its derivative from the equation and not from the steps."""
-    inside = (rate > 0) & (rate < 1)
-    log_rate = jnp.log(jnp.where(inside, rate, 0.5))
-    # ln(rate) is convex in ln(alpha) for gamma >= 1, with a slope from 1 to gamma, and nearly
-    # straight below. From an upper bound, alpha <= gamma * rate, Newton cannot overshoot.
-    start = jnp.minimum(log_rate + jnp.log(jnp.maximum(gamma, 1)), 0)
-
-    def newton(_: int, log_alpha: Array) -> Array:
-        value, slope = jax.jvp(
-            lambda x: _log_rate(x, gamma), (log_alpha,), (jnp.ones_like(log_alpha),)
-        )
-        return jnp.minimum(log_alpha - (value - log_rate) / slope, 0)
-
-    # 4 steps are enough for gamma = 10, 12 for 10 million.
-    log_alpha = jax.lax.fori_loop(0, 12, newton, start)
-    return jnp.where(inside, jnp.exp(log_alpha), rate)
-
-
-@_rate_root.defjvp
-def _rate_root_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    (_, gamma), (rate_dot, gamma_dot) = primals, tangents
-    alpha = _rate_root(*primals)
-    _, slope = jax.jvp(lambda a: _rate(a, gamma), (alpha,), (jnp.ones_like(alpha),))
-    _, from_gamma = jax.jvp(lambda g: _rate(alpha, g), (gamma,), (gamma_dot,))
-    return alpha, (rate_dot - from_gamma) / slope
+    u_minus_one = jnp.where(solvable, u_minus_one, 0)
+    best = 1 / (per_token * (1 + u_minus_one) * alpha_below_one)
+    # Without overhead what rises from gamma = 0 rises from plain decoding, and rounding must not
+    # decide. With overhead, plain decoding is ahead by that overhead at gamma = 0.
+    pays = rises & ((best > 1) | (overhead == 0))
+    return _Optimum(pays, jnp.where(pays, u_minus_one, 0), log_alpha, best)

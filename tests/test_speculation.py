@@ -148,8 +148,8 @@ def test_gradients_match_finite_differences_in_float64():
         "speedup": (costmodel.speedup, (0.7, 4.3, 0.05)),
         "optimal_gamma": (costmodel.optimal_gamma, (0.7, 0.05)),
         "optimal_speedup": (costmodel.optimal_speedup, (0.7, 0.05)),
-        "throughput": (costmodel.throughput, (0.7, 4.3, 3.0, 70.0)),
-        "optimal_throughput": (costmodel.optimal_throughput, (0.7, 3.0, 70.0)),
+        "sdsl_throughput": (costmodel.sdsl_throughput, (0.7, 4.3, 3.0, 70.0)),
+        "optimal_sdsl_throughput": (costmodel.optimal_sdsl_throughput, (0.7, 3.0, 70.0)),
         "alpha_to_acceptance_rate": (costmodel.alpha_to_acceptance_rate, (0.7, 4.3)),
         "acceptance_rate_to_alpha": (costmodel.acceptance_rate_to_alpha, (0.4, 4.3)),
         "acceptance_length_to_alpha": (costmodel.acceptance_length_to_alpha, (2.5, 4.3)),
@@ -288,14 +288,16 @@ def test_speedup_counts_verification_and_overhead():
 def test_throughput_is_speedup_over_two_reads_of_the_target():
     alpha, draft, target = 0.65, 0.3e9, 70553706496
     expected = geometric_sum(alpha, 8) / (2 * (target + 8 * draft))
-    assert float(costmodel.throughput(alpha, 8, draft, target)) == pytest.approx(expected, rel=1e-6)
-    assert float(costmodel.throughput(alpha, 0, draft, target)) == pytest.approx(
+    assert float(costmodel.sdsl_throughput(alpha, 8, draft, target)) == pytest.approx(
+        expected, rel=1e-6
+    )
+    assert float(costmodel.sdsl_throughput(alpha, 0, draft, target)) == pytest.approx(
         1 / (2 * target), rel=1e-6
     )
     best = scipy.optimize.minimize_scalar(
         lambda gamma: -plain_speedup(alpha, gamma, draft / target), bounds=(0, 50), method="bounded"
     )
-    assert float(costmodel.optimal_throughput(alpha, draft, target)) == pytest.approx(
+    assert float(costmodel.optimal_sdsl_throughput(alpha, draft, target)) == pytest.approx(
         -best.fun / (2 * target), rel=1e-6
     )
 
@@ -441,8 +443,8 @@ def test_the_widest_dtype_of_the_arguments_is_the_dtype_of_the_result():
         (lambda: costmodel.optimal_gamma(jnp.array([0.5, 2.0]), 0.1), "alpha=2"),
         (lambda: costmodel.optimal_speedup(0.5, math.nan), "cost_ratio=nan"),
         (lambda: costmodel.optimal_integer_gamma(0.5, 0.1, -1), "max_gamma=-1"),
-        (lambda: costmodel.throughput(0.5, 1, 0, 1e9), "draft_parameters=0"),
-        (lambda: costmodel.optimal_throughput(0.5, 1e8, -1e9), r"target_parameters=-1e\+09"),
+        (lambda: costmodel.sdsl_throughput(0.5, 1, 0, 1e9), "draft_parameters=0"),
+        (lambda: costmodel.optimal_sdsl_throughput(0.5, 1e8, -1e9), r"target_parameters=-1e\+09"),
         (lambda: costmodel.alpha_to_acceptance_rate(0.5, 0), "gamma=0 must be positive"),
         (lambda: costmodel.acceptance_rate_to_alpha(1.2, 4), "rate=1.2"),
         (lambda: costmodel.acceptance_rate_to_length(-0.2, 4), "rate=-0.2"),
@@ -455,7 +457,7 @@ def test_the_widest_dtype_of_the_arguments_is_the_dtype_of_the_result():
             lambda: costmodel.best_num_tokens(0.5, 1.0, [0.1, 0.2, 0.3], [1, 1]),
             r"draft_seconds of shape \(3,\)",
         ),
-        (lambda: costmodel.best_num_tokens([0.5], 1.0, 0.1, [1, 1]), r"alpha of shape \(1,\)"),
+        (lambda: costmodel.best_num_tokens([0.5] * 2, 1.0, 0.1, [1, 1]), r"alpha of shape \(2,\)"),
     ],
 )
 def test_wrong_numbers_are_refused_by_name(call, message):

@@ -252,7 +252,7 @@ def _compile_parts(bench: Bench, step: Step) -> Parts:
 
     texts = np.zeros((len(bench.requests), bench.max_len), np.int32)
     independent: dict[str, Callable[[], Any]] = {
-        "design": lambda: design_lib.solve(**EXAMPLE),
+        "design": lambda: design_lib.solve_size(**EXAMPLE),
         "prefill": state,
         "overlap": lambda: overlap(texts, HEADLINE),
     }

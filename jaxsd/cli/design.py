@@ -1,83 +1,130 @@
-"""`jaxsd design`: how large should the draft of a target be?"""
+"""`jaxsd design`: which draft makes a target fastest?"""
 
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import rich.box
 import rich.console
+import rich.progress
 import rich.table
-import tyro
 
-SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+from . import question, shape_report
+from .quantity import Quantity, format_quantity
 
-
-def parse_quantity(text: str) -> float:
-    """A number with an optional suffix k, M, B or T.
-
-    >>> parse_quantity("70.6B"), parse_quantity("15e12")
-    (70600000000.0, 15000000000000.0)
-
-    Raises:
-      ValueError: it is something else.
-    """
-    scale = SUFFIXES.get(text[-1:])
-    try:
-        return float(text) if scale is None else float(text[:-1]) * scale
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number such as 70553706496, 15e12 or 70B") from None
-
-
-def format_quantity(value: float) -> str:
-    """Four digits and a suffix.
-
-    >>> format_quantity(312760391.8)
-    '312.8M'
-    """
-    for suffix, scale in reversed(SUFFIXES.items()):
-        if value >= scale:
-            return f"{value / scale:.4g}{suffix}"
-    return f"{value:.4g}"
-
-
-Quantity = Annotated[
-    float,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="NUMBER",
-        instance_from_str=lambda words: parse_quantity(words[0]),
-        is_instance=lambda value: isinstance(value, float | int),
-        str_from_instance=lambda value: [f"{value:g}"],
-    ),
-]
+Objective = Literal["throughput", "throughput_per_chip", "speedup", "latency", "cost", "total_cost"]
 
 
 def design(
-    target_params: Quantity,
-    target_tokens: Quantity,
-    draft_tokens: Quantity,
+    target_params: Quantity | None = None,
+    target_tokens: Quantity | None = None,
+    draft_tokens: Quantity | None = None,
     gamma: float | None = None,
+    target: str | None = None,
+    chip: str | None = None,
+    chips: int = 1,
+    apart: bool = False,
+    batch: int = 1,
+    context: int = 1024,
+    free: str = "d_model,n_layers,gamma",
+    objective: Objective = "throughput",
+    train_flops: Quantity | None = None,
+    max_first_token_seconds: float | None = None,
+    max_token_seconds: float | None = None,
+    served_tokens: Quantity | None = None,
+    target_weights: question.Weights = "bf16",
+    draft_weights: question.Weights = "bf16",
+    loss_law: question.LossLawName = "shape-aware",
+    laws: str | None = None,
+    stack: str | None = None,
+    times: str | None = None,
+    plot: str | None = None,
 ) -> dict[str, Any]:
-    """Finds the draft size that makes a target fastest, before anything is trained.
+    """Finds the draft that makes a target fastest, before anything is trained.
 
-    Two scaling laws predict how often the target accepts the draft's tokens; the size, and the
-    number of draft tokens per round, then follow by gradient. Numbers may end in k, M, B or T.
+    With --target and --chip: the draft's shape, for real hardware. Scaling laws predict how often
+    the target accepts the draft's tokens, shapes and datasheets how long a pass takes; width,
+    depth, draft tokens per round and what else is free then follow by gradient, rounded to a
+    shape that can be built. With --target-params, --target-tokens and --draft-tokens: the
+    draft's size alone, by the scaling laws of arXiv 2603.11053. Numbers may end in k, M, B or T.
 
     Args:
-      target_params: parameters of the target.
-      target_tokens: tokens the target was trained on.
+      target_params: parameters of the target, where the draft's size alone is asked for.
+      target_tokens: tokens the target was trained on; known of most targets of the catalogue.
       draft_tokens: tokens the draft will be trained on.
-      gamma: draft tokens per round; by default the best number, which need not be whole.
+      gamma: draft tokens per round; by default the best number.
+      target: a target of the catalogue, such as llama-3.1-70b; a wrong name lists them.
+      chip: a chip of the catalogue, such as tpu-v5p or h100-sxm.
+      chips: how many there are; every way to use them is searched.
+      apart: also search placements with the draft on chips of its own.
+      batch: sequences decoded together.
+      context: tokens of each in the cache.
+      free: what to search, out of d_model,n_layers,ff_ratio,n_kv_heads,tokens,gamma,batch.
+      objective: what to make best. cost counts chip hours per token served; total_cost adds the
+        draft's training and needs --served-tokens.
+      train_flops: budget of the draft's training; limits its tokens where those are free.
+      max_first_token_seconds: longest time to read a prompt of `context` tokens.
+      max_token_seconds: longest time per token of one sequence.
+      served_tokens: tokens expected to be served with this draft.
+      target_weights: format of the target's weights.
+      draft_weights: format of the draft's weights.
+      loss_law: the law of perplexity; only shape-aware tells width from depth.
+      laws: files of laws that `jaxsd fit` wrote, separated by commas; they replace those above.
+      stack: efficiencies and overheads, by name; by default xla-tpu on TPUs, else torch-compile.
+      times: a file of times that `jaxsd fit times` wrote, in place of a stack.
+      plot: draw the design, its flat region, its time and its front to this file.
 
     Returns:
       The design; JSON values.
     """
-    result = solve(target_params, target_tokens, draft_tokens, gamma)
     console = rich.console.Console(highlight=False)
-    console.print(_table(result))
-    console.print(describe(result))
-    return result
+    if (target is None) == (target_params is None):
+        raise ValueError(
+            "give either --target and --chip, for a shape, or --target-params, --target-tokens "
+            "and --draft-tokens, for a size"
+        )
+    if target is None:
+        for name, value in (("target", target_tokens), ("draft", draft_tokens)):
+            if value is None:
+                raise ValueError(f"--target-params needs --{name}-tokens beside it")
+        if plot is not None or chip is not None:
+            raise ValueError("--plot and --chip belong to --target, not to --target-params")
+        result = solve_size(target_params, target_tokens, draft_tokens, gamma)
+        console.print(_size_table(result))
+        console.print(describe(result))
+        return result
+    if chip is None:
+        raise ValueError("--target needs --chip beside it, such as h100-sxm")
+    question.check_plot(plot)
+    names = tuple(name.strip() for name in free.split(",") if name.strip())
+    if gamma is not None:
+        names = tuple(name for name in names if name != "gamma")
+    if draft_tokens is None and "tokens" not in names:
+        if train_flops is None:
+            raise ValueError("give --draft-tokens, or --train-flops, or free tokens")
+        names = (*names, "tokens")
+    asked = shape_report.Asked(
+        target=target,
+        chip=chip,
+        target_model=question.target(target, target_tokens, target_weights),
+        devices=shape_report.devices(chip, question.stack(stack, chip, times)),
+        chips=chips,
+        apart=apart,
+        batch=batch,
+        context=context,
+        free=names,
+        objective=objective,
+        draft_tokens=draft_tokens,
+        gamma=gamma,
+        train_flops=train_flops,
+        max_first_token_seconds=max_first_token_seconds,
+        max_token_seconds=max_token_seconds,
+        served_tokens=served_tokens,
+        draft_formats=question.formats(draft_weights),
+        laws=question.laws(loss_law, laws),
+    )
+    return shape_report.run(asked, console, plot)
 
 
-def solve(
+def solve_size(
     target_params: float, target_tokens: float, draft_tokens: float, gamma: float | None = None
 ) -> dict[str, Any]:
     """The design as a dict, and beside it the best whole number of draft tokens at that size."""
@@ -124,7 +171,7 @@ def describe(result: dict[str, Any]) -> str:
     return text
 
 
-def _table(result: dict[str, Any]) -> rich.table.Table:
+def _size_table(result: dict[str, Any]) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="Predicted best draft")
     table.add_column("")
     table.add_column("value", justify="right")

@@ -31,7 +31,10 @@ COMMANDS = {
     "demo": "Decode real text with and without speculation; compare with the prediction.",
     "generate": "Continue a text, streamed as it comes.",
     "train": "Train a transformer on a folder of text.",
-    "design": "Find the draft size that makes a target fastest, before training it.",
+    "design": "Find the draft that makes a target fastest, before training it.",
+    "estimate": "Predict the speed of a draft and a target that exist.",
+    "fit": "Fit the laws, or the times of passes, to your own measurements.",
+    "reproduce": "Compute the tables and figures of three papers again and compare.",
     "info": "Show devices, versions and the models in the package.",
 }
 

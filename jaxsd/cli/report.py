@@ -10,7 +10,7 @@ import rich.style
 import rich.table
 from rich.color import ColorSystem
 
-from . import design, generate
+from . import design, generate, quantity
 
 PROMPT_STYLE = rich.style.Style(dim=True)
 
@@ -47,8 +47,8 @@ def show_result(result: dict[str, Any]) -> None:
     console.print(rich.rule.Rule("plain and speculative decoding", style="dim"))
     models = result["models"]
     console.print(
-        f"target {design.format_quantity(models['target']['parameters'])} parameters, draft "
-        f"{design.format_quantity(models['draft']['parameters'])}; {result['device']}; batch "
+        f"target {quantity.format_quantity(models['target']['parameters'])} parameters, draft "
+        f"{quantity.format_quantity(models['draft']['parameters'])}; {result['device']}; batch "
         f"{result['batch_size']}; {result['num_draft_tokens']} drafted a round; "
         f"{result['prompts']} held-out prompts, {result['new_tokens_per_prompt']} tokens each"
     )

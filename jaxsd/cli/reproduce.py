@@ -1,0 +1,40 @@
+"""`jaxsd reproduce`: do the formulas of this package give the numbers that papers print?"""
+
+import importlib
+import pathlib
+from typing import Any, Literal
+
+import rich.console
+
+from . import reproduction
+
+
+def reproduce(
+    paper: tuple[Literal["sdsl", "theory", "batching"], ...] = ("sdsl", "theory", "batching"),
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Computes the tables and figures of three papers again and compares.
+
+    sdsl is arXiv 2603.11053 (draft size and acceptance), theory 2411.00841 (expected rejections,
+    bias against speed), batching 2310.18813 (draft length by batch size).
+
+    Args:
+      paper: which; by default all of them.
+      out: folder to write the tables (CSV) and figures (PNG, PDF) to; it needs matplotlib.
+
+    Returns:
+      Every figure with its source and whether it agrees; JSON values.
+    """
+    results = {}
+    for name in paper or ("sdsl", "theory", "batching"):
+        module = importlib.import_module(f"jaxsd.cli.reproduce_{name}")
+        result = module.build()
+        reproduction.show(result)
+        results[name] = reproduction.as_json(result)
+        if out is not None:
+            files = reproduction.write(result, pathlib.Path(out) / name)
+            rich.console.Console(highlight=False).print(
+                f"Wrote {len(files)} files to {out}/{name}."
+            )
+            results[name]["files"] = files
+    return results
