@@ -19,6 +19,7 @@ from ._inputs import float64_on_host, is_traced
 CONFIDENCE = 0.95
 
 _MAX_STEPS = 300
+_DAMPING = 1e-3  # to begin with
 _MAX_DAMPING = 1e12
 _NUM_POLISHING_STEPS = 20
 # A parameter belongs to a direction that the rows do not determine if its share of it, in columns
@@ -231,7 +232,9 @@ def _best(model: Model, weights: np.ndarray) -> np.ndarray:
     return ends[int(np.nanargmin(costs))][0]
 
 
-def _descend(model: Model, start: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
+def _descend(
+    model: Model, start: np.ndarray, weights: np.ndarray, damping: float = _DAMPING
+) -> tuple[np.ndarray, float]:
     """Levenberg-Marquardt within the bounds; the end and its sum of squares."""
 
     def evaluate(unknowns: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -244,20 +247,21 @@ def _descend(model: Model, start: np.ndarray, weights: np.ndarray) -> tuple[np.n
 
     point = np.clip(start, model.lower, model.upper)
     residuals, jacobian, cost = evaluate(point)
-    damping = 1e-3
     for _ in range(_MAX_STEPS):
         if not math.isfinite(cost) or damping > _MAX_DAMPING:
             break
         trial = _step(model, point, residuals, jacobian, damping)
+        if _reach(jacobian, trial - point) <= 1e-9 * math.sqrt(cost):
+            break
         new_residuals, new_jacobian, new_cost = evaluate(trial)
         if new_cost < cost:
             done = cost - new_cost < 1e-14 * cost
             point, residuals, jacobian, cost = trial, new_residuals, new_jacobian, new_cost
-            damping = max(damping / 10, 1e-15)
+            damping /= 10
             if done:
                 break
         else:
-            damping *= 10
+            damping = max(10 * damping, _DAMPING)
     return _polish(model, evaluate, point, residuals, jacobian, cost)
 
 
@@ -275,13 +279,13 @@ def _polish(
         if not math.isfinite(cost):
             break
         trial = _step(model, point, residuals, jacobian, 0.0)
-        lengths = np.linalg.norm(jacobian, axis=0) * np.abs(trial - point)
+        reach = _reach(jacobian, trial - point)
         new_residuals, new_jacobian, new_cost = evaluate(trial)
-        if not (new_cost <= cost * (1 + 1e-12) + 1e-300 and lengths.max() < shortest):
+        if not (new_cost <= cost * (1 + 1e-12) + 1e-300 and reach < shortest):
             break
-        shortest = float(lengths.max())
+        shortest = reach
         point, residuals, jacobian, cost = trial, new_residuals, new_jacobian, new_cost
-        if shortest == 0:
+        if shortest <= 1e-13 * math.sqrt(cost):
             break
     return point, cost
 
@@ -305,6 +309,11 @@ def _step(
     trial = point.copy()
     trial[free] += move / lengths[free]
     return np.clip(trial, model.lower, model.upper)
+
+
+def _reach(jacobian: np.ndarray, move: np.ndarray) -> float:
+    """How far the unknown that does most moves the predictions, to first order."""
+    return float((np.linalg.norm(jacobian, axis=0) * np.abs(move)).max())
 
 
 def _covariance(
@@ -372,7 +381,7 @@ def _hold_out(model: Model, labels: np.ndarray, unknowns: np.ndarray) -> np.ndar
         weights = (labels != label).astype(np.float64)
         if weights.sum() < len(unknowns):
             continue
-        refit, _ = _descend(model, unknowns, weights)
+        refit, _ = _descend(model, unknowns, weights, damping=0.0)  # it is near already
         predicted, jacobian = model.evaluate(refit)
         jacobian = jacobian * weights[:, None]
         lengths = np.linalg.norm(jacobian, axis=0)

@@ -119,7 +119,8 @@ def parameters_active(shape: Shape) -> Number:
     """Returns the number of parameters that take part in the arithmetic for one token.
 
     Twice this is its FLOPs outside attention. The output head counts, the tables of inputs, from
-    which a row is gathered, do not; of the experts only the chosen ones do.
+    which a row is gathered, do not; of the experts only the chosen ones do; of attention to an
+    encoder not the keys and values, which are computed once, before decoding.
 
     Args:
       shape: the transformer.
@@ -135,16 +136,18 @@ def parameters_active(shape: Shape) -> Number:
     """
     shape = _count_flags(shape)
     num_mlps = shape.n_shared_experts + shape.experts_per_token
-    return _outside_mlps(shape) + shape.n_layers * num_mlps * _mlp(shape) + _token_table(shape)
+    mlps = shape.n_layers * num_mlps * _mlp(shape)
+    return _outside_mlps(shape) - _encoder_side(shape) + mlps + _token_table(shape)
 
 
 def parameters_read(shape: Shape, tokens: ArrayLike | None = None) -> Number:
     """Returns the number of parameters that one forward pass streams from memory.
 
     The output head is read whole, for logits need every row of it. An input table of its own is
-    not: a pass gathers one row of it per token. So tied or not, one table counts. Of a mixture of
-    experts, those are read that at least one of the pass's tokens is sent to; with a router that
-    spreads them evenly that is, on average,
+    not: a pass gathers one row of it per token. So tied or not, one table counts. Keys and values
+    of an encoder's output are computed before decoding, and their projections not read again. Of a
+    mixture of experts, those are read that at least one of the pass's tokens is sent to; with a
+    router that spreads them evenly that is, on average,
 
         n_experts * (1 - (1 - experts_per_token / n_experts)^tokens)
 
@@ -164,7 +167,8 @@ def parameters_read(shape: Shape, tokens: ArrayLike | None = None) -> Number:
     """
     shape = _count_flags(shape)
     if tokens is None or (isinstance(shape.n_experts, int) and shape.n_experts == 0):
-        return parameters_non_embedding(shape) + _token_table(shape)
+        every_expert = parameters_non_embedding(shape)
+        return every_expert - _encoder_side(shape) + _token_table(shape)
     require("tokens", tokens, POSITIVE)
     experts, chosen, tokens_ = as_floats(shape.n_experts, shape.experts_per_token, tokens)
     routed = experts > 0
@@ -176,7 +180,7 @@ def parameters_read(shape: Shape, tokens: ArrayLike | None = None) -> Number:
         shape.n_layers,
         _mlp(shape),
         shape.n_shared_experts,
-        _outside_mlps(shape),
+        _outside_mlps(shape) - _encoder_side(shape),
         _token_table(shape),
     )
     return rest + layers * (shared + read) * mlp + table
@@ -244,7 +248,8 @@ def pass_flops(shape: Shape, batch: ArrayLike, rows: ArrayLike, context: ArrayLi
 
     Prefilling is `rows=prompt_length, context=0`; a decoding step `rows=1`; verifying
     `rows=gamma + 1`. A multiplication and an addition are two. Row i of a block sees the context
-    and i + 1 tokens of the block, `context + (rows + 1) / 2` on average.
+    and i + 1 tokens of the block, `context + (rows + 1) / 2` on average; in a layer with a window
+    at most so many.
 
         batch * rows * (2 parameters_active + 4 n_heads head_dim * sum over layers of seen tokens)
 
@@ -270,13 +275,11 @@ def pass_flops(shape: Shape, batch: ArrayLike, rows: ArrayLike, context: ArrayLi
     """
     _check_pass(batch, rows, context)
     shape = _count_flags(shape)
-    rows_, context_ = as_floats(rows, context)
-    seen = _attended(shape, context_ + (rows_ + 1) / 2)
     per_token, attention, seen, cross, batch_, rows_ = as_floats(
         2 * parameters_active(shape),
         4 * shape.n_heads * shape.head_dim,
-        seen,
-        _cross_attended(shape, context_),
+        _seen(shape, rows, context),
+        _cross_attended(shape, context),
         batch,
         rows,
     )
@@ -434,6 +437,12 @@ def _outside_mlps(shape: Shape) -> Number:
     return layers + final_norm + _projections(shape) + shape.other_parameters
 
 
+def _encoder_side(shape: Shape) -> Number:
+    """Parameters that see an encoder's output only, once for all tokens: its keys and values."""
+    keys = shape.n_kv_heads * shape.head_dim
+    return shape.n_layers * shape.cross_attention * 2 * keys * (shape.d_model + shape.qkv_bias)
+
+
 def _token_table(shape: Shape) -> Number:
     """Parameters of one table of tokens."""
     width = shape.d_model if shape.embedding_dim is None else shape.embedding_dim
@@ -451,6 +460,17 @@ def _attended(shape: Shape, tokens: ArrayLike) -> Array:
         shape.n_layers, shape.n_local_layers, shape.window, tokens
     )
     return (layers - local) * tokens_ + local * jnp.minimum(tokens_, window)
+
+
+def _seen(shape: Shape, rows: ArrayLike, context: ArrayLike) -> Array:
+    """Tokens that attention looks at in all layers together: the average over a block's rows."""
+    layers, local, window, rows_, context_ = as_floats(
+        shape.n_layers, shape.n_local_layers, shape.window, rows, context
+    )
+    # Not the smaller of the window and the average: of a long prompt's rows the first see less.
+    inside = jnp.clip(window - context_, 0, rows_)  # rows that the window does not cut
+    nearby = (inside * (context_ + (inside + 1) / 2) + (rows_ - inside) * window) / rows_
+    return (layers - local) * (context_ + (rows_ + 1) / 2) + local * nearby
 
 
 def _cross_attended(shape: Shape, tokens: ArrayLike) -> Array:

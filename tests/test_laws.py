@@ -132,6 +132,107 @@ def test_hopeless_losses_keep_every_gradient_finite():
     assert np.isfinite(jax.jit(jax.grad(jax.grad(alpha)))(3.0))
 
 
+def test_kaplan_is_the_printed_formula(x64):
+    for size, tokens in ((1e6, 1e9), (1e9, 1e10)):
+        expected = ((6.4e13 / size) ** (0.076 / 0.103) + 1.8e13 / tokens) ** 0.103
+        got = float(costmodel.loss(costmodel.KAPLAN, size, tokens))
+        assert got == pytest.approx(expected, rel=1e-12)
+    assert costmodel.KAPLAN.embeddings_counted == 0  # fitted without token tables
+
+
+def test_shape_laws_are_the_printed_formula(x64):
+    size, tokens, ratio = 1.6e8, 3.2e9, 64.0
+    law = costmodel.MORPH
+    base = law.base
+    plain = (
+        base.irreducible
+        + base.parameters_coefficient / size**base.parameters_exponent
+        + base.tokens_coefficient / tokens**base.tokens_exponent
+    )
+    expected = plain * (1 + law.coefficient * ratio**law.exponent)
+    assert float(costmodel.loss(law, size, tokens, ratio)) == pytest.approx(expected, rel=1e-12)
+    # The published loss of 164M_v1, 12 layers of 768 on 3.288e9 tokens.
+    published = float(costmodel.loss(law, 162417408, 3.28833e9, 64.0))
+    assert published == pytest.approx(4.096, rel=0.01)
+    # Relative to a reference, another law's losses stay what they are at that shape.
+    aware = costmodel.SHAPE_AWARE
+    at_reference = float(costmodel.loss(aware, 1e9, 1e12, 64.0))
+    assert at_reference == pytest.approx(
+        float(costmodel.loss(costmodel.BESIROGLU, 1e9, 1e12)), rel=1e-14
+    )
+    assert float(costmodel.loss(aware, 1e9, 1e12)) == pytest.approx(at_reference, rel=1e-14)
+    wide, narrow = (float(costmodel.loss(aware, 1e9, 1e12, r)) for r in (384, 17))
+    assert wide > at_reference > narrow
+
+
+def test_other_acceptance_laws_are_their_formulas(x64):
+    x = np.array([12.0, 20.0, 29.0])
+    log = costmodel.LogAcceptanceLaw(-0.165206, 1.155850)
+    power = costmodel.PowerAcceptanceLaw(1.382782, -0.247168)
+    np.testing.assert_allclose(
+        costmodel.acceptance(log, x, 10.0), -0.165206 * np.log(x) + 1.155850, rtol=1e-13
+    )
+    np.testing.assert_allclose(
+        costmodel.acceptance(power, x, 10.0), 1.382782 * x**-0.247168, rtol=1e-13
+    )
+    measured = costmodel.MeasuredAcceptance(1.0)
+    assert float(costmodel.acceptance(measured, 9.0, 8.0)) == 1.0  # not bent
+    by_position = costmodel.PositionAcceptance([0.8, 0.7])
+    assert float(costmodel.acceptance(by_position, 9.0, 8.0)) == 0.8
+
+
+def test_distribution_acceptance_is_the_overlap(x64):
+    rng = np.random.default_rng(0)
+    target, draft = rng.dirichlet(np.ones(7), 5), rng.dirichlet(np.ones(7), 5)
+    expected = 1 - np.abs(target - draft).sum(-1) / 2
+    got = costmodel.distribution_acceptance(target, draft)
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+    same = costmodel.distribution_acceptance(target[0], target[0])
+    assert float(same) == pytest.approx(1, rel=1e-14)
+    slope = jax.grad(lambda p: costmodel.distribution_acceptance(p, draft[0]))(target[0])
+    np.testing.assert_array_equal(slope, (target[0] < draft[0]).astype(float))
+
+
+def test_perplexity_scale_meets_what_was_measured(x64):
+    law = costmodel.BESIROGLU
+    sizes, tokens = np.array([125e6, 1.3e9, 13e9]), 180e9
+    one = costmodel.calibrate_perplexity(law, sizes[0], tokens, 29.79)
+    assert float(one.slope) == 1
+    assert float(costmodel.perplexity(law, sizes[0], tokens, scale=one)) == pytest.approx(29.79)
+    measured = np.exp(0.4 + 1.2 * np.asarray(costmodel.loss(law, sizes, tokens)))
+    several = costmodel.calibrate_perplexity(law, sizes, tokens, measured)
+    assert float(several.offset) == pytest.approx(0.4, abs=1e-9)
+    assert float(several.slope) == pytest.approx(1.2, rel=1e-9)
+    np.testing.assert_allclose(
+        costmodel.perplexity(law, sizes, tokens, scale=several), measured, rtol=1e-9
+    )
+    same_twice = costmodel.calibrate_perplexity(law, sizes[[0, 0]], tokens, [20.0, 22.0])
+    assert float(same_twice.slope) == 1  # two measurements of one model say nothing of a slope
+    slope = jax.grad(lambda y: costmodel.calibrate_perplexity(law, sizes, tokens, y).slope)(
+        measured
+    )
+    assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        costmodel.SDSL_ACCEPTANCE,
+        costmodel.LogAcceptanceLaw(-0.15, 1.1),
+        costmodel.PowerAcceptanceLaw(1.3, -0.24),
+    ],
+)
+def test_calibrated_acceptance_meets_a_pair_and_keeps_its_slope(law, x64):
+    moved = costmodel.calibrate_acceptance(law, 20.0, 10.0, 0.71)
+    assert float(costmodel.acceptance(moved, 20.0, 10.0)) == pytest.approx(0.71, rel=1e-12)
+    assert type(moved) is type(law)
+    slope = jax.grad(lambda x: costmodel.acceptance(law, x, 10.0))(20.0)
+    new_slope = jax.grad(lambda x: costmodel.acceptance(moved, x, 10.0))(20.0)
+    assert float(new_slope) == pytest.approx(float(slope), rel=0.15)
+    with pytest.raises(ValueError, match="MeasuredAcceptance, which has no intercept"):
+        costmodel.calibrate_acceptance(costmodel.MeasuredAcceptance(0.5), 20.0, 10.0, 0.7)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -153,6 +254,36 @@ def test_hopeless_losses_keep_every_gradient_finite():
         (
             lambda: costmodel.acceptance(costmodel.AcceptanceLaw(math.nan, 0.0, 0.5), 9.0, 7.0),
             "AcceptanceLaw.draft_slope=nan must be finite",
+        ),
+        (
+            lambda: costmodel.loss(costmodel.SHAPE_AWARE, 1e9, 1e9, aspect_ratio=0),
+            "aspect_ratio=0 must be positive",
+        ),
+        (
+            lambda: costmodel.loss(costmodel.SHAPE_AWARE._replace(exponent=-1), 1e9, 1e9),
+            r"ShapeLossLaw\.exponent=-1 must be positive",
+        ),
+        (
+            lambda: costmodel.perplexity(
+                costmodel.BESIROGLU, 1e9, 1e9, scale=costmodel.PerplexityScale(0, -1)
+            ),
+            r"PerplexityScale\.slope=-1 must be positive",
+        ),
+        (
+            lambda: costmodel.acceptance(costmodel.PositionAcceptance([0.5, 0.6]), 9, 9),
+            "must be shares of rounds that do not rise",
+        ),
+        (
+            lambda: costmodel.acceptance(costmodel.PositionAcceptance([]), 9, 9),
+            r"of shape \(0,\) must have shape \[K\]",
+        ),
+        (
+            lambda: costmodel.distribution_acceptance([0.5, 0.5], [1.0]),
+            "must end in the same vocabulary size",
+        ),
+        (
+            lambda: costmodel.calibrate_perplexity(costmodel.BESIROGLU, 1e9, 1e9, 0.5),
+            "perplexities=0.5 must be at least 1",
         ),
     ],
 )

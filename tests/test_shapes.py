@@ -70,3 +70,95 @@ def test_counts_trace_and_differentiate_on_floats():
     assert float(gradient.n_layers) == layer
     assert float(gradient.vocab_size) == 2 * ODD.d_model
     assert float(gradient.tied_embeddings) == -ODD.vocab_size * ODD.d_model
+
+
+MIXTRAL = costmodel.Shape(
+    32000, 4096, 32, 32, 8, 128, 14336, False, n_shared_experts=0, n_experts=8, experts_per_token=2
+)
+WINDOWED = LLAMA_3_2_1B._replace(n_local_layers=10, window=512)
+
+
+def passes_of(shape, batch, rows, context):
+    """FLOPs and cache bytes of a pass, token by token and layer by layer."""
+    flops = moved = 0
+    attention_width = shape.n_heads * shape.head_dim
+    for layer in range(shape.n_layers):
+        local = layer < shape.n_local_layers
+        held = min(context, shape.window) if local else context
+        moved += batch * (held + rows) * 2 * shape.n_kv_heads * shape.head_dim * 2
+        for row in range(rows):
+            seen = context + row + 1
+            flops += batch * 4 * attention_width * (min(seen, shape.window) if local else seen)
+    return flops + batch * rows * 2 * costmodel.parameters_active(shape), moved
+
+
+@pytest.mark.parametrize("shape", [LLAMA_3_1_8B, LLAMA_3_2_1B, WINDOWED])
+@pytest.mark.parametrize(("rows", "context"), [(1, 2000), (6, 1000), (300, 0)])
+def test_a_pass_equals_its_sum_over_tokens_and_layers(shape, rows, context):
+    flops, cache = passes_of(shape, 3, rows, context)
+    assert float(costmodel.pass_flops(shape, 3, rows, context)) == pytest.approx(flops, rel=1e-6)
+    moved = 2 * costmodel.parameters_read(shape) + cache
+    assert float(costmodel.pass_bytes(shape, 3, rows, context)) == pytest.approx(moved, rel=1e-6)
+
+
+def test_cache_bytes_are_the_published_ones():
+    assert costmodel.kv_bytes_per_token(LLAMA_3_1_8B) == 131072
+    assert float(costmodel.kv_cache_bytes(WINDOWED, 2000)) == 2 * 8 * 64 * 2 * (6 * 2000 + 10 * 512)
+    eight_bit = costmodel.Formats(kv_bytes=1.0)
+    assert costmodel.kv_bytes_per_token(LLAMA_3_1_8B, eight_bit) == 65536
+
+
+def test_formats_scale_what_they_name():
+    int4 = costmodel.INT4._replace(activations_per_layer=12.0)
+    plain = float(costmodel.pass_bytes(LLAMA_3_1_8B, 2, 5, 100))
+    weights = costmodel.parameters_read(LLAMA_3_1_8B)
+    expected = plain - 2 * weights + 0.5625 * weights + 2 * 5 * 32 * 4096 * 12 * 2
+    got = float(costmodel.pass_bytes(LLAMA_3_1_8B, 2, 5, 100, int4))
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+def test_experts_read_are_those_that_any_token_chose(tokens):
+    """The expectation over all choices, exact: an expert is missed by a token with chance 3/4."""
+    shared = costmodel.parameters_read(MIXTRAL._replace(n_experts=0, experts_per_token=0))
+    one = 3 * 4096 * 14336 * 32
+    router = 32 * 8 * 4096
+    expected = shared + router + 8 * (1 - 0.75**tokens) * one
+    assert float(costmodel.parameters_read(MIXTRAL, tokens)) == pytest.approx(expected, rel=1e-6)
+    everything = costmodel.parameters_read(MIXTRAL)
+    assert everything == shared + router + 8 * one
+    assert float(costmodel.parameters_read(MIXTRAL, 1e6)) == pytest.approx(everything, rel=1e-6)
+    every_token_all = MIXTRAL._replace(experts_per_token=8)
+    slope = jax.grad(lambda k: costmodel.parameters_read(every_token_all._replace(
+        experts_per_token=k), 1.0))(8.0)  # fmt: skip
+    assert np.isfinite(slope)
+
+
+def test_memory_and_training_are_their_formulas():
+    cache = 131072 * 1000 * 4
+    weights = 2 * costmodel.parameters_total(LLAMA_3_1_8B)
+    assert float(costmodel.memory_bytes(LLAMA_3_1_8B, 4, 1000)) == pytest.approx(weights + cache)
+    flops = 6 * costmodel.parameters_active(MIXTRAL) * 1e12
+    assert float(costmodel.training_flops(MIXTRAL, 1e12)) == pytest.approx(flops, rel=1e-6)
+
+
+def test_flags_may_be_traced():
+    """A shape is a pytree: its flags become arrays of booleans inside a jit."""
+    total = jax.jit(lambda shape: costmodel.pass_bytes(shape, 1, 1, 100))(WINDOWED)
+    assert float(total) == pytest.approx(float(costmodel.pass_bytes(WINDOWED, 1, 1, 100)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: costmodel.pass_flops(ODD, 0, 1, 1), "batch=0 must be positive"),
+        (lambda: costmodel.pass_bytes(ODD, 1, -2, 1), "rows=-2 must be positive"),
+        (lambda: costmodel.kv_cache_bytes(ODD, -1), "context=-1 must be at least 0"),
+        (lambda: costmodel.memory_bytes(ODD, -1, 5), "batch=-1 must be at least 0"),
+        (lambda: costmodel.training_flops(ODD, 0), "tokens=0 must be positive"),
+        (lambda: costmodel.parameters_read(MIXTRAL, 0), "tokens=0 must be positive"),
+    ],
+)
+def test_wrong_numbers_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -467,3 +467,81 @@ def test_wrong_numbers_are_refused_by_name(call, message):
 
 def test_traced_numbers_pass_unchecked():
     assert np.isfinite(jax.jit(costmodel.expected_tokens)(1.5, 3.0))
+
+
+def test_tokens_by_position_agree_with_one_alpha(x64):
+    """At whole lengths, and beyond the last measured position, where acceptance falls on alike."""
+    alpha = 0.83
+    shares = alpha ** np.arange(1, 5)
+    for gamma in (0, 1, 3, 4, 7, 20):
+        got = float(costmodel.expected_tokens_by_position(shares, gamma))
+        assert got == pytest.approx(float(costmodel.expected_tokens(alpha, gamma)), rel=1e-12)
+    between = float(costmodel.expected_tokens_by_position(shares, 2.5))
+    assert between == pytest.approx(1 + shares[0] + shares[1] + 0.5 * shares[2], rel=1e-12)
+    grid = costmodel.expected_tokens_by_position(shares, np.array([1.0, 2.0]))
+    assert grid.shape == (2,)
+    zero = float(costmodel.expected_tokens_by_position([0.5, 0.0], 9))
+    assert zero == pytest.approx(1.5, abs=1e-12)
+
+
+def test_gradients_of_tokens_by_position_match_finite_differences(x64):
+    shares, gamma = np.array([0.8, 0.5, 0.3]), 4.5
+    slopes = jax.grad(costmodel.expected_tokens_by_position, argnums=(0, 1))(shares, gamma)
+    step = 1e-6
+    for i in range(3):
+        ends = [
+            float(costmodel.expected_tokens_by_position(shares + sign * step * np.eye(3)[i], gamma))
+            for sign in (1, -1)
+        ]
+        assert float(slopes[0][i]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6)
+    ends = [
+        float(costmodel.expected_tokens_by_position(shares, gamma + sign * step))
+        for sign in (1, -1)
+    ]
+    assert float(slopes[1]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6)
+
+
+@pytest.mark.parametrize("shares", [0.7 ** np.arange(1, 6), np.array([0.9, 0.4, 0.4, 0.1])])
+def test_simulated_rounds_have_the_predicted_mean_and_law(shares):
+    """100000 rounds; 5.5 standard errors are left by chance once in 2.6e7."""
+    tokens = np.asarray(costmodel.simulate_tokens(jax.random.key(3), shares, 100_000))
+    expected = float(costmodel.expected_tokens_by_position(shares, len(shares)))
+    error = tokens.std() / math.sqrt(len(tokens))
+    assert abs(tokens.mean() - expected) < 5.5 * error
+    for position, share in enumerate(shares, 1):
+        count = (tokens > position).mean()
+        assert abs(count - share) < 5.5 * math.sqrt(share * (1 - share) / len(tokens))
+
+
+@pytest.mark.parametrize(("slope", "overhead"), [(0.0, 0.2), (0.03, 0.0), (0.05, 0.15)])
+@pytest.mark.parametrize(("alpha", "cost"), [(0.8, 0.05), (0.6, 0.1), (0.95, 0.01), (0.2, 0.3)])
+def test_optimum_with_linear_verification_and_overhead_beats_a_grid(alpha, cost, slope, overhead):
+    with enable_x64():
+        keywords = {"verify_slope": slope, "overhead_ratio": overhead}
+        gamma = float(costmodel.optimal_gamma(alpha, cost, **keywords))
+        best = float(costmodel.optimal_speedup(alpha, cost, **keywords))
+        grid = np.linspace(0.01, 60, 60_000)
+        tokens = (1 - alpha ** (grid + 1)) / (1 - alpha)
+        values = tokens / (1 + overhead + grid * (cost + slope))
+        reached = max(values.max(), 1.0)
+        assert best == pytest.approx(reached, rel=1e-6)
+        if reached > 1:
+            assert gamma == pytest.approx(grid[values.argmax()], abs=2e-3)
+            again = costmodel.speedup(
+                alpha, gamma, cost, verify_ratio=1 + slope * gamma, overhead_ratio=overhead
+            )
+            assert float(again) == pytest.approx(best, rel=1e-12)
+        else:
+            assert gamma == 0
+
+
+def test_best_length_from_acceptance_by_position_and_overhead():
+    shares = np.array([0.9, 0.3, 0.29])
+    times = np.array([1.0, 1.05, 1.1, 1.15])
+    result = costmodel.best_num_tokens(shares, 1.0, 0.05, times, overhead_seconds=0.1)
+    expected = [1.0, 1.9 / 1.2, 2.2 / 1.3, 2.49 / 1.4]
+    np.testing.assert_allclose(result.speedup, expected, rtol=1e-6)
+    assert int(result.num_tokens) == 3
+    flat = costmodel.best_num_tokens(0.7, 1.0, 0.05, times)
+    same = costmodel.best_num_tokens(0.7 ** np.arange(1, 4), 1.0, 0.05, times)
+    np.testing.assert_allclose(same.speedup, flat.speedup, rtol=1e-6)

@@ -105,9 +105,9 @@ def _plane(results: "Results", canvas: Any) -> None:
     axes.set_yticks([10, 12, 14, 16])
     axes.tick_params(pad=0)
     axes.view_init(elev=18, azim=-52)
-    axes.set_box_aspect((1, 1, 0.75), zoom=0.95)
+    axes.set_box_aspect((1, 1, 0.75), zoom=1.12)
     canvas.suptitle(
-        f"α = {law.draft_slope:.4f} x + {law.target_slope:.4f} y + {law.intercept:.3f},  "
+        f"α = −{-law.draft_slope:.4f} x + {law.target_slope:.4f} y + {law.intercept:.3f},  "
         f"R² = {results.plane.r_squared:.3f}"
     )
     canvas.legend(loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=1.0)
