@@ -287,7 +287,8 @@ def _with_errors(law: Any, fitted: Fit, target: int) -> Any:
     errors = fitted.standard_errors
 
     def correlation(i: int, j: int) -> float:
-        return float(fitted.covariance[i, j] / (errors[i] * errors[j]))
+        product = errors[i] * errors[j]  # 0 if the rows lie on a law to the last bit
+        return float(fitted.covariance[i, j] / product) if product else 0.0
 
     law = law._replace(
         draft_slope_error=float(errors[0]),

@@ -1,8 +1,13 @@
 """Parameter counts against published checkpoints, and against a list of every matrix."""
 
+import itertools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from jaxsd import costmodel
 
@@ -76,6 +81,57 @@ MIXTRAL = costmodel.Shape(
     32000, 4096, 32, 32, 8, 128, 14336, False, n_shared_experts=0, n_experts=8, experts_per_token=2
 )
 WINDOWED = LLAMA_3_2_1B._replace(n_local_layers=10, window=512)
+# Every option at once, and once more no two sizes equal.
+EVERYTHING = ODD._replace(
+    mlp_matrices=2,
+    n_shared_experts=2,
+    n_experts=6,
+    experts_per_token=3,
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    norm_vectors_per_layer=4,
+    final_norm_vectors=2,
+    head_norm_vectors=2,
+    position_rows=19,
+    embedding_dim=11,
+    cross_attention=True,
+    n_local_layers=2,
+    window=13,
+    other_parameters=23,
+)
+
+
+def arrays_with_options(shape, num_routed):
+    """Sizes of all arrays outside the tables, with so many routed experts; what an encoder sees."""
+    d, q, kv = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    keys_and_values = [(d, kv)] * 2 + [(kv,)] * (2 * shape.qkv_bias)
+    attention = [(d, q), (q, d)] + [(q,)] * shape.qkv_bias + [(d,)] * shape.output_bias
+    mlp = [(d, shape.d_ff)] * (shape.mlp_matrices - 1) + [(shape.d_ff, d)]
+    mlp += ([(shape.d_ff,)] * (shape.mlp_matrices - 1) + [(d,)]) * shape.mlp_bias
+    layer = (attention + keys_and_values) + attention * shape.cross_attention
+    layer += mlp * (shape.n_shared_experts + num_routed) + [(d, shape.n_experts)]
+    layer += [(d,)] * shape.norm_vectors_per_layer + [(shape.head_dim,)] * shape.head_norm_vectors
+    rest = [(d,)] * shape.final_norm_vectors + [(shape.other_parameters,)]
+    if shape.embedding_dim is not None:
+        rest += [(shape.embedding_dim, d), (d, shape.embedding_dim)]
+    return layer * shape.n_layers + rest, keys_and_values * shape.n_layers * shape.cross_attention
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shape", [EVERYTHING, EVERYTHING._replace(embedding_dim=None), ODD])
+def test_every_option_counts_once(shape, tied):
+    """The keys and values of an encoder's output are held, and neither read nor used again."""
+    shape = shape._replace(tied_embeddings=tied)
+    held, of_encoder = arrays_with_options(shape, shape.n_experts)
+    used, _ = arrays_with_options(shape, shape.experts_per_token)
+    table = shape.vocab_size * (shape.embedding_dim or shape.d_model)
+    body = count(held) + count(of_encoder)
+    assert costmodel.parameters_non_embedding(shape) == body
+    tables = table * (1 if tied else 2) + shape.position_rows * shape.d_model
+    assert costmodel.parameters_total(shape) == body + tables
+    assert costmodel.parameters_read(shape) == count(held) + table
+    assert costmodel.parameters_active(shape) == count(used) + table
 
 
 def passes_of(shape, batch, rows, context):
@@ -86,15 +142,21 @@ def passes_of(shape, batch, rows, context):
         local = layer < shape.n_local_layers
         held = min(context, shape.window) if local else context
         moved += batch * (held + rows) * 2 * shape.n_kv_heads * shape.head_dim * 2
+        moved += shape.cross_attention * batch * context * 2 * shape.n_kv_heads * shape.head_dim * 2
         for row in range(rows):
             seen = context + row + 1
-            flops += batch * 4 * attention_width * (min(seen, shape.window) if local else seen)
+            seen = min(seen, shape.window) if local else seen
+            seen += shape.cross_attention * context
+            flops += batch * 4 * attention_width * seen
     return flops + batch * rows * 2 * costmodel.parameters_active(shape), moved
 
 
-@pytest.mark.parametrize("shape", [LLAMA_3_1_8B, LLAMA_3_2_1B, WINDOWED])
-@pytest.mark.parametrize(("rows", "context"), [(1, 2000), (6, 1000), (300, 0)])
+@pytest.mark.parametrize("shape", [LLAMA_3_1_8B, WINDOWED, EVERYTHING._replace(n_experts=0)])
+@pytest.mark.parametrize(
+    ("rows", "context"), [(1, 2000), (1, 511), (6, 1000), (6, 509), (300, 0), (900, 0), (40, 10)]
+)
 def test_a_pass_equals_its_sum_over_tokens_and_layers(shape, rows, context):
+    """Also where the window cuts some rows of the block only."""
     flops, cache = passes_of(shape, 3, rows, context)
     assert float(costmodel.pass_flops(shape, 3, rows, context)) == pytest.approx(flops, rel=1e-6)
     moved = 2 * costmodel.parameters_read(shape) + cache
@@ -162,3 +224,117 @@ def test_flags_may_be_traced():
 def test_wrong_numbers_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_experts_read_on_average_over_every_possible_choice(tokens):
+    """Each token takes 2 of 5 experts, all pairs alike: every sequence of pairs is listed."""
+    shape = ODD._replace(n_shared_experts=0, n_experts=5, experts_per_token=2)
+    pairs = list(itertools.combinations(range(5), 2))
+    touched = [len(set().union(*choice)) for choice in itertools.product(pairs, repeat=tokens)]
+    without, _ = arrays_with_options(shape, 0)
+    one, _ = arrays_with_options(shape, 1)
+    head = shape.vocab_size * shape.d_model
+    expected = count(without) + head + np.mean(touched) * (count(one) - count(without))
+    assert float(costmodel.parameters_read(shape, tokens)) == pytest.approx(expected, rel=1e-6)
+
+
+def numbers_of(shape, batch, rows, context, formats):
+    """Every public function of the file at one point."""
+    tokens = batch * rows
+    return jnp.stack(
+        [
+            costmodel.parameters_total(shape),
+            costmodel.parameters_non_embedding(shape),
+            costmodel.parameters_active(shape),
+            costmodel.parameters_read(shape, tokens),
+            costmodel.parameters_read(shape),
+            costmodel.kv_bytes_per_token(shape, formats),
+            costmodel.kv_cache_bytes(shape, context, formats),
+            costmodel.pass_flops(shape, batch, rows, context),
+            costmodel.pass_bytes(shape, batch, rows, context, formats),
+            costmodel.memory_bytes(shape, batch, context, formats),
+            costmodel.training_flops(shape, tokens),
+        ]
+    )
+
+
+def test_gradients_match_finite_differences(x64):
+    """Of every function, in every number; two of the block's four rows reach beyond the window."""
+    formats = costmodel.Formats(1.1, 1.3, 1.7, 12.0)
+    point = (EVERYTHING._replace(tied_embeddings=0.4, qkv_bias=0.7), 2.5, 4.0, 10.5, formats)
+    leaves, structure = jax.tree.flatten(jax.tree.map(float, point))
+    numbers = jax.jit(lambda leaves: numbers_of(*jax.tree.unflatten(structure, list(leaves))))
+    leaves = np.array(leaves)
+    values, jacobian = numbers(leaves), jax.jit(jax.jacrev(numbers))(leaves)
+    paths = jax.tree_util.tree_leaves_with_path(point)
+    for i, (path, _) in enumerate(paths):
+        step = np.zeros_like(leaves)
+        step[i] = 1e-5 * (abs(leaves[i]) or 1.0)
+        slope = (numbers(leaves + step) - numbers(leaves - step)) / (2 * step[i])
+        scale = np.asarray(values) / (abs(leaves[i]) or 1.0)
+        message = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(
+            jacobian[:, i] / scale, slope / scale, atol=1e-8, err_msg=message
+        )
+
+
+def test_shapes_may_be_batched_over_all_leaves():
+    shapes = [MIXTRAL, WINDOWED, LLAMA_3_1_8B._replace(mlp_matrices=2, qkv_bias=True)]
+    shapes = [jax.tree.map(float, shape) for shape in shapes]
+    together = jax.tree.map(lambda *leaves: jnp.array(leaves), *shapes)
+    batch, formats = jnp.array([1.0, 2.0, 3.0]), costmodel.INT8
+    numbers = jax.jit(jax.vmap(numbers_of, in_axes=(0, 0, None, None, None)))
+    found = numbers(together, batch, 5.0, 700.0, formats)
+    for i, shape in enumerate(shapes):
+        alone = numbers_of(shape, float(batch[i]), 5.0, 700.0, formats)
+        np.testing.assert_allclose(found[i], alone, rtol=1e-5)
+
+
+def test_dtype_follows_the_arguments(x64):
+    single = jax.tree.map(np.float32, WINDOWED)
+    assert costmodel.pass_flops(single, *map(np.float32, (1, 2, 3))).dtype == np.float32
+    assert costmodel.pass_flops(single, np.float64(1), *map(np.float32, (2, 3))).dtype == np.float64
+
+
+@jax.jit
+def _numbers_and_slopes(leaves):
+    structure = jax.tree.structure((ODD, 0.0, 0.0, 0.0, costmodel.BFLOAT16))
+
+    def numbers(leaves):
+        return numbers_of(*jax.tree.unflatten(structure, list(leaves)))
+
+    return numbers(leaves), jax.jacrev(numbers)(leaves)
+
+
+@given(
+    shape=st.fixed_dictionaries(
+        {
+            "vocab_size": st.floats(16, 3e5),
+            "d_model": st.floats(16, 2e4),
+            "n_layers": st.floats(1, 200),
+            "n_heads": st.floats(1, 256),
+            "n_kv_heads": st.floats(1, 128),
+            "head_dim": st.floats(8, 512),
+            "d_ff": st.floats(16, 1e5),
+            "tied_embeddings": st.sampled_from([0.0, 1.0]),
+            "n_shared_experts": st.sampled_from([0.0, 1.0]),
+            "cross_attention": st.sampled_from([0.0, 1.0]),
+            "window": st.floats(1, 1e5),
+        }
+    ),
+    local=st.sampled_from([0.0, 0.5, 1.0]),
+    experts=st.sampled_from([(0.0, 0.0), (1.0, 1.0), (8.0, 2.0), (8.0, 8.0), (512.0, 10.0)]),
+    batch=st.floats(0.5, 4096),
+    rows=st.floats(1, 1e5),
+    context=st.one_of(st.just(0.0), st.floats(1e-3, 1e6)),
+)
+@example(shape={}, local=1.0, experts=(8.0, 8.0), batch=4096.0, rows=1e5, context=0.0)
+def test_values_and_gradients_are_finite_in_float32(shape, local, experts, batch, rows, context):
+    """Also where every token chooses every expert, and 0^tokens is differentiated."""
+    shape = ODD._replace(**shape, n_experts=experts[0], experts_per_token=experts[1])
+    shape = shape._replace(n_local_layers=local * shape.n_layers)
+    point = (shape, batch, rows, context, costmodel.BFLOAT16)
+    values, slopes = _numbers_and_slopes(np.array(jax.tree.leaves(point), np.float32))
+    assert np.isfinite(values).all()
+    assert np.isfinite(slopes).all()

@@ -7,7 +7,7 @@ import rich.console
 import rich.table
 
 from . import question, shape_report
-from .quantity import Quantity, format_quantity
+from .quantity import Quantity
 
 
 def estimate(
@@ -180,7 +180,7 @@ def _table(target: str, draft: str, predicted: Any, interval: Any) -> rich.table
             f"{100 * float(memory.excess_ratio):.0f} % of "
             f"{float(memory.capacity_bytes) / 1e9:.3g} GB usable",
         ),
-        ("training the draft", f"{format_quantity(float(predicted.training_flops))} FLOPs"),
+        ("training the draft", f"{float(predicted.training_flops):.3g} FLOPs"),
         ("binds", costmodel.TERMS[int(predicted.binding)]),
     ):
         table.add_row(label, text)

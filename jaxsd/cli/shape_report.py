@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import rich.box
@@ -69,13 +70,15 @@ def run(asked: Asked, console: rich.console.Console, plot: str | None) -> dict[s
         gamma=4 if asked.gamma is None else asked.gamma,
         formats=asked.draft_formats,
     )
+    errors = rich.console.Console(stderr=True)
     steps = rich.progress.Progress(
         rich.progress.SpinnerColumn(),
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.TimeElapsedColumn(),
-        console=rich.console.Console(stderr=True),
+        console=errors,
         transient=True,
+        disable=not errors.is_terminal,
     )
     with steps:
         task = steps.add_task("searching", total=4)
@@ -130,7 +133,9 @@ def _show(asked: Asked, told: dict[str, Any], console: rich.console.Console) -> 
         console.print(_choices(result))
     notes = []
     if result.infeasible:
-        notes.append(f"[bold]Rejected[/bold]: {'; '.join(result.infeasible)}.")
+        # Of placements that differ only in the draft's chips and fail alike, one line is enough.
+        reasons = dict.fromkeys(re.sub(r", draft on [^:]*", "", x) for x in result.infeasible)
+        notes.append(f"[bold]Rejected[/bold]: {'; '.join(reasons)}.")
     if result.at_bound:
         notes.append(f"[bold]The answer leans on[/bold]: {'; '.join(result.at_bound)}.")
     outside = question.extrapolations(best.estimate, asked.laws)
