@@ -1,6 +1,7 @@
 """`jaxsd design` for shapes, and `jaxsd estimate`: answers, pictures, and what they refuse."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -8,18 +9,10 @@ import pytest
 from jaxsd import costmodel
 from jaxsd.cli import main
 
-DESIGN = ["design", "--target", "llama-3.1-70b", "--chip", "h100-sxm", "--chips", "4"]
-ESTIMATE = [
-    "estimate",
-    "--target",
-    "llama-3.1-70b",
-    "--draft",
-    "llama-3.2-1b",
-    "--chip",
-    "h100-sxm",
-    "--chips",
-    "4",
-]
+DESIGN = shlex.split("design --target llama-3.1-70b --chip h100-sxm --chips 4")
+ESTIMATE = shlex.split(
+    "estimate --target llama-3.1-70b --draft llama-3.2-1b --chip h100-sxm --chips 4"
+)
 
 
 def run(capsys, *arguments):
@@ -104,24 +97,10 @@ def test_a_design_in_words(designed, capsys):
 
 
 def test_plain_decoding_may_be_the_answer(capsys):
-    """A batch of 512 on one old chip: every verified token costs its arithmetic."""
-    result = run(
-        capsys,
-        *[
-            "design",
-            "--target",
-            "llama-3.1-8b",
-            "--chip",
-            "tpu-v4",
-            "--chips",
-            "1",
-            "--batch",
-            "48",
-            "--context",
-            "128",
-        ],
-        *["--draft-tokens", "1e9", "--max-token-seconds", "10", "--gamma", "30"],
-    )
+    """Thirty tokens a round from a draft that has hardly been trained."""
+    question = "design --target llama-3.1-8b --chip tpu-v4 --chips 1 --batch 48 --context 128"
+    answer = "--draft-tokens 1e9 --max-token-seconds 10 --gamma 30"
+    result = run(capsys, *shlex.split(question), *shlex.split(answer))
     assert result["speculate"] is False
     assert result["gamma"] == 0
     assert result["estimate"]["speedup"] == 1
@@ -163,8 +142,8 @@ def test_estimate_takes_what_was_measured(capsys):
         ((*DESIGN, "--target-params", "70B"), "give either --target and --chip"),
         (("design", "--target-params", "70B", "--target-tokens", "1T"), "--draft-tokens"),
         (DESIGN, "give --draft-tokens, or --train-flops, or free tokens"),
-        ((*DESIGN[:2], "llama-70b", *DESIGN[3:]), "Known are gpt2"),
-        ((*DESIGN[:4], "h100", *DESIGN[5:]), "did you mean 'h100-sxm'"),
+        ((*DESIGN[:2], "llama-70b", *DESIGN[3:], "--draft-tokens", "1T"), "Known are gpt2"),
+        ((*DESIGN[:4], "h100", *DESIGN[5:], "--draft-tokens", "1T"), "did you mean 'h100-sxm'"),
         ((*DESIGN, "--draft-tokens", "1T", "--stack", "cuda"), "Known are ideal"),
         ((*DESIGN, "--draft-tokens", "1T", "--free", "width"), "must be one or more of d_model"),
         ((*DESIGN, "--draft-tokens", "1T", "--loss-law", "besiroglu"), "are not identified"),
