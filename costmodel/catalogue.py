@@ -174,7 +174,7 @@ def published(name: str) -> list[dict[str, Any]]:
         shape), `gpt_fast_decode_a100` (tokens per second) or `leviathan_t5xxl` (speed-ups).
 
     Returns:
-      One dict per row: numbers where a cell is a number, strings elsewhere.
+      One dict per row: numbers where a cell is a number, None where it is empty, else strings.
 
     Raises:
       ValueError: the name is unknown; the message lists the known ones.
@@ -206,6 +206,9 @@ def _shape(row: dict[str, str]) -> Shape:
 
 
 def _value(cell: str) -> Any:
+    """A cell as a number if it is one, and None if it is empty."""
+    if not cell:
+        return None
     try:
         number = float(cell)
     except ValueError:

@@ -167,7 +167,10 @@ def test_chips_are_dense_one_way_and_in_si_units(name):
     assert 4 <= 1e3 * chip.memory_bytes / chip.bytes_per_second <= 100  # ms to read it all
     assert 0.005 <= chip.link_bytes_per_second / chip.bytes_per_second <= 0.2
     for peak in (chip.int8_flops_per_second, chip.fp8_flops_per_second):
-        assert peak == 0 or 0.99 <= peak / chip.flops_per_second <= 2.1
+        # A sparse peak beside dense ones shows here: GPUs do 8 bits twice as fast as 16.
+        ratios = (0, 1, 2) if name.startswith("tpu") else (0, 2)
+        ratio = peak / chip.flops_per_second
+        assert any(ratio == pytest.approx(whole, rel=0.03) for whole in ratios)
     where = costmodel.sources(name)
     assert set(where) == set(costmodel.Chip._fields)
     assert all(len(text) > 10 for text in where.values())
@@ -280,6 +283,23 @@ def test_unknown_names_list_the_known_ones_the_nearest_first():
         costmodel.published("secrets")
     with pytest.raises(ValueError, match="not a known model, chip or stack"):
         costmodel.sources("nothing")
+
+
+def test_cells_are_whole_numbers_numbers_words_or_nothing():
+    from jaxsd.costmodel import catalogue
+
+    cells = {
+        "7": 7,
+        "-3": -3,
+        ".75": 0.75,
+        "1.6106e+09": 1.6106e9,
+        "T5-small": "T5-small",
+        "": None,
+    }
+    for cell, value in cells.items():
+        found = catalogue._value(cell)
+        assert found == value
+        assert type(found) is type(value)
 
 
 def test_published_rows_are_typed():

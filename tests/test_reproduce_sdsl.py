@@ -41,7 +41,7 @@ def test_every_judged_figure_agrees(built):
 
 def test_a_wrong_figure_would_not():
     assert not reproduction.agrees(Comparison("N*", 124039820.3 * (1 + 2e-6), 124039820.3, 1e-6))
-    assert not reproduction.agrees(Comparison("R2", 0.96335, "0.9633"))
+    assert not reproduction.agrees(Comparison("R2", 0.96336, "0.9633"))
 
 
 def test_given_rows_of_table_5_are_met(built):
@@ -95,7 +95,7 @@ def test_first_order_condition_and_power_law(built):
     assert condition["largest relative difference over the grid"].ours < 1e-8
     shape = rows_of(built, '"200 times smaller"')
     assert shape["exponent k of a power law N* ~ M^k"].ours == pytest.approx(0.578, abs=5e-4)
-    assert shape["R2 of the power law, in logarithms"].ours == pytest.approx(0.9989, abs=1e-4)
+    assert shape["R2 of the power law, in logarithms"].ours == pytest.approx(0.9979, abs=1e-4)
     assert shape["1 / mu of table 9"].ours == pytest.approx(369, abs=0.5)
     assert shape["mean of M / N* over the grid"].ours == pytest.approx(198, abs=0.5)
     assert shape["largest relative error of the line of table 9"].ours > 0.1

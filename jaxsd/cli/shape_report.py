@@ -281,7 +281,8 @@ def _regions(regions: list[Any]) -> rich.table.Table:
         cells = []
         for name, (low, high) in region.ranges.items():
             more = "+" if name in region.cut_off else ""
-            cells.append(f"{format_quantity(low)} to {format_quantity(high)}{more}")
+            write = format_quantity if high >= 1e5 else "{:g}".format
+            cells.append(f"{write(low)} to {write(high)}{more}")
         table.add_row(f"{100 * region.loss:g} %", str(region.num_designs), *cells)
     return table
 
