@@ -1,5 +1,6 @@
 """The throughput of speculative decoding as a differentiable function of laws, shapes and times."""
 
+from ._least_squares import Fit
 from .catalogue import (
     chip_names,
     model_names,
@@ -25,6 +26,13 @@ from .estimate import (
     Workload,
     throughput,
 )
+from .fit import (
+    fit_acceptance,
+    fit_alpha,
+    fit_linear,
+)
+from .fit_losses import fit_loss
+from .fit_times import TimedPass, fit_pass_times
 from .hardware import (
     Chip,
     PassTime,
@@ -154,6 +162,7 @@ __all__ = [
     "DraftDesign",
     "Estimate",
     "Extrapolation",
+    "Fit",
     "FlatRegion",
     "Formats",
     "FrontPoint",
@@ -181,6 +190,7 @@ __all__ = [
     "Solution",
     "Stack",
     "Target",
+    "TimedPass",
     "Workload",
     "acceptance",
     "acceptance_covariance",
@@ -201,6 +211,11 @@ __all__ = [
     "elasticities",
     "expected_tokens",
     "expected_tokens_by_position",
+    "fit_acceptance",
+    "fit_alpha",
+    "fit_linear",
+    "fit_loss",
+    "fit_pass_times",
     "flat_region",
     "hardware_choices",
     "kv_bytes_per_token",

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ._problem import LIMIT_NAMES, VARIABLES, Problem
-from .estimate import Design
+from .estimate import Design, draft_devices
 from .hardware import kv_fits
 
 # How far a variable moves in one round of comparing neighbours. A batch has many values, of which
@@ -45,7 +45,7 @@ class Lattice:
         }
         shape = problem.template.shape
         self.shape = shape
-        self.degree = int(problem.hardware.draft.tensor_parallel)
+        self.degree = int(draft_devices(problem.hardware).tensor_parallel)
         # Every chip gets whole heads, and d_model whole heads and whole tiles.
         self.head_dim = int(shape.head_dim)
         self.head_share = float(shape.n_heads * shape.head_dim / shape.d_model)
@@ -81,7 +81,7 @@ class Lattice:
 
     def design(self, point: tuple[int, ...]) -> Design:
         """The design at a lattice point, in whole numbers; training tokens as in the template."""
-        given = dict(zip(self.names, point, strict=True))
+        given: dict[str, Any] = dict(zip(self.names, point, strict=True))
         shape = self.shape
         width = given.get("d_model", shape.d_model)
         heads = self._heads(width) if "d_model" in given else shape.n_heads
@@ -106,7 +106,7 @@ class Lattice:
 
     def batch(self, point: tuple[int, ...]) -> float:
         """The batch at a lattice point."""
-        given = dict(zip(self.names, point, strict=True))
+        given: dict[str, Any] = dict(zip(self.names, point, strict=True))
         return float(given.get("batch", self.problem.workload.batch))
 
     def _width(self, value: float) -> int:
@@ -127,7 +127,7 @@ class Lattice:
     def _moves(self, name: str, value: int, point: tuple[int, ...]) -> list[int]:
         moves = _MOVES.get(name, _EVERY_OTHER)
         if name == "n_kv_heads":
-            given = dict(zip(self.names, point, strict=True))
+            given: dict[str, Any] = dict(zip(self.names, point, strict=True))
             heads = self._heads(given.get("d_model", self.shape.d_model))
             choices = self._kv_choices(int(heads))
             place = choices.index(self._kv(int(heads), value))
@@ -137,7 +137,7 @@ class Lattice:
 
     def allowed(self, point: tuple[int, ...]) -> bool:
         """Inside the box, and at least 1 of everything."""
-        given = dict(zip(self.names, point, strict=True))
+        given: dict[str, Any] = dict(zip(self.names, point, strict=True))
         width = given.get("d_model", self.shape.d_model)
         if min(point) < 1:
             return False
@@ -175,7 +175,8 @@ def round_design(lattice: Lattice, ends: np.ndarray, evaluate: Callable[..., Any
 def describe(problem: Problem) -> str:
     """Where the models sit, in a few words."""
     hardware = problem.hardware
-    target, draft = int(hardware.target.tensor_parallel), int(hardware.draft.tensor_parallel)
+    target = int(hardware.target.tensor_parallel)
+    draft = int(draft_devices(hardware).tensor_parallel)
     where = "of its own" if float(hardware.draft_apart) else "of these"
     chips = "chip" if target == 1 else "chips"
     return f"target on {target} {chips}, draft on {draft} {where}"
@@ -193,6 +194,7 @@ class _Result(NamedTuple):
 
 def _descend(lattice: Lattice, point: tuple[int, ...], evaluate: Callable[..., Any]) -> _Result:
     """From a point to the best of its neighbours, until it is that itself."""
+    results: list[_Result] = []
     for _ in range(_MAX_ROUNDS):
         points = lattice.neighbours(point)
         pairs = [(lattice.design(x), lattice.batch(x)) for x in points]

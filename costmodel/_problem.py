@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from ._inputs import as_floats
 from .draft_size import LARGEST_DRAFT
 from .estimate import Design, Estimate, Hardware, Target, Workload, law_parameters
 from .laws import Laws
-from .shapes import parameters_total, training_flops
+from .shapes import Number, parameters_total, training_flops
 
 # What may be free, and the range that is searched where none is given.
 DEFAULT_BOUNDS = {
@@ -42,12 +41,12 @@ FALLING = ("latency", "cost", "total_cost")
 class Limits(NamedTuple):
     """What a design may not exceed; memory is always among it. Smooth in the search, hard after."""
 
-    training_flops: ArrayLike = jnp.inf  # of the draft
-    time_to_first_token_seconds: ArrayLike = jnp.inf
-    seconds_per_token: ArrayLike = jnp.inf  # of one sequence
-    draft_parameters: ArrayLike = jnp.inf  # in total
-    draft_memory_bytes: ArrayLike = jnp.inf  # of one chip, weights and caches
-    draft_share: ArrayLike = LARGEST_DRAFT  # of the target's parameters, as the loss law counts
+    training_flops: Number = jnp.inf  # of the draft
+    time_to_first_token_seconds: Number = jnp.inf
+    seconds_per_token: Number = jnp.inf  # of one sequence
+    draft_parameters: Number = jnp.inf  # in total
+    draft_memory_bytes: Number = jnp.inf  # of one chip, weights and caches
+    draft_share: Number = LARGEST_DRAFT  # of the target's parameters, as the loss law counts
 
 
 class Problem(NamedTuple):

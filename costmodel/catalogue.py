@@ -232,6 +232,6 @@ def _long(file: str, key: str) -> dict[str, dict[str, dict[str, str]]]:
 @functools.cache
 def _rows(name: str) -> tuple[dict[str, str], ...]:
     """The rows of one file of the package's data."""
-    folder = importlib.resources.files(__package__) / "data"
+    folder = importlib.resources.files(__name__.rpartition(".")[0]) / "data"
     text = (folder / f"{name}.csv").read_text(encoding="utf-8")
     return tuple(csv.DictReader(text.splitlines()))

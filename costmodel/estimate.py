@@ -5,7 +5,7 @@ the time of a pass, acceptance and times the tokens per second. It is pure, and 
 enters is a leaf of a NamedTuple: `jax.jit`, `jax.grad` and `jax.vmap` work over all of them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from .rates import acceptance_length_to_alpha
 from .shapes import (
     BFLOAT16,
     Formats,
+    Number,
     Shape,
     kv_cache_bytes,
     parameters_non_embedding,
@@ -42,7 +43,7 @@ class Target(NamedTuple):
     """The model whose text is wanted."""
 
     shape: Shape
-    tokens: ArrayLike  # it was trained on
+    tokens: Number  # it was trained on
     formats: Formats = BFLOAT16
 
 
@@ -50,8 +51,8 @@ class Design(NamedTuple):
     """The draft, and how it is used."""
 
     shape: Shape
-    tokens: ArrayLike  # to train it on
-    gamma: ArrayLike  # draft tokens per round; 0: plain decoding
+    tokens: Number  # to train it on
+    gamma: Number  # draft tokens per round; 0: plain decoding
     formats: Formats = BFLOAT16
 
 
@@ -60,8 +61,8 @@ class Devices(NamedTuple):
 
     chip: Chip
     stack: Stack
-    tensor_parallel: ArrayLike = 1  # how many, all sharing every layer
-    cost_per_chip_hour: ArrayLike = 1.0  # in any currency; 1 counts chip hours
+    tensor_parallel: Number = 1  # how many, all sharing every layer
+    cost_per_chip_hour: Number = 1.0  # in any currency; 1 counts chip hours
 
 
 class Hardware(NamedTuple):
@@ -71,19 +72,19 @@ class Hardware(NamedTuple):
     # None: on the target's chips, cut into as many parts as the target.
     draft: Devices | None = None
     # 1: the draft has chips of its own. 0: it sits on (some of) the target's, and shares memory.
-    draft_apart: ArrayLike = 0.0
-    memory_share: ArrayLike = 0.9  # of a chip's memory that weights and caches may take
-    training_efficiency: ArrayLike = 0.4  # reached share of the target chip's FLOPs in training
+    draft_apart: Number = 0.0
+    memory_share: Number = 0.9  # of a chip's memory that weights and caches may take
+    training_efficiency: Number = 0.4  # reached share of the target chip's FLOPs in training
 
 
 class Workload(NamedTuple):
     """What is asked of them."""
 
-    batch: ArrayLike = 1  # sequences decoded together
-    context: ArrayLike = 1024  # tokens of each in the cache, on average over its decoding
-    prompt: ArrayLike | None = None  # tokens of a new request; None: the context
-    max_context: ArrayLike | None = None  # tokens that each cache has room for; None: the context
-    served_tokens: ArrayLike = 0.0  # expected over the draft's life; spreads its training cost
+    batch: Number = 1  # sequences decoded together
+    context: Number = 1024  # tokens of each in the cache, on average over its decoding
+    prompt: Number | None = None  # tokens of a new request; None: the context
+    max_context: Number | None = None  # tokens that each cache has room for; None: the context
+    served_tokens: Number = 0.0  # expected over the draft's life; spreads its training cost
 
 
 # Batch 1, 1024 tokens in the cache.
@@ -203,7 +204,7 @@ def throughput(
     with the time of a pass from `pass_time`.
     """
     check(design, target, hardware, workload, laws)
-    draft_devices = hardware.target if hardware.draft is None else hardware.draft
+    on_draft = draft_devices(hardware)
     batch, context, gamma = as_floats(workload.batch, workload.context, design.gamma)
 
     def time(model: Design | Target, devices: Devices, rows: ArrayLike) -> PassTime:
@@ -220,9 +221,9 @@ def throughput(
 
     plain = time(target, hardware.target, 1.0)
     verify = time(target, hardware.target, gamma + 1)
-    draft = time(design, draft_devices, 1.0)
-    first_draft = time(design, draft_devices, 2.0)
-    transfer = _transfer_seconds(target, hardware, draft_devices, batch, gamma)
+    draft = time(design, on_draft, 1.0)
+    first_draft = time(design, on_draft, 2.0)
+    transfer = _transfer_seconds(target, hardware, on_draft, batch, gamma)
     draft_step, first_step, verify_seconds, plain_seconds, host, transfer, gamma = as_floats(
         draft.seconds,
         first_draft.seconds,
@@ -243,20 +244,20 @@ def throughput(
     tokens, seconds, plain_seconds, batch = as_floats(tokens, seconds, plain_seconds + host, batch)
     rate, plain_rate = batch * tokens / seconds, batch / plain_seconds
     flops = training_flops(design.shape, design.tokens)
-    costs = _costs(hardware, draft_devices, workload, gamma, rate, flops)
+    costs = _costs(hardware, on_draft, workload, gamma, rate, flops)
     return Estimate(
         tokens_per_second=rate,
         speedup=tokens * plain_seconds / seconds,
         plain_tokens_per_second=plain_rate,
         tokens_per_round=tokens,
         seconds_per_token=seconds / tokens,
-        time_to_first_token_seconds=_first_token(design, target, hardware, draft_devices, workload),
+        time_to_first_token_seconds=_first_token(design, target, hardware, on_draft, workload),
         alpha=alpha,
         draft_perplexity=predicted.draft_perplexity,
         target_perplexity=predicted.target_perplexity,
         round=rounds,
         binding=_binding(rounds, gamma),
-        memory=_memory(design, target, hardware, draft_devices, workload),
+        memory=_memory(design, target, hardware, on_draft, workload),
         training_flops=flops,
         num_chips=costs.num_chips,
         cost_per_million_tokens=costs.per_million_tokens,
@@ -266,16 +267,21 @@ def throughput(
     )
 
 
+def draft_devices(hardware: Hardware) -> Devices:
+    """Chips of the draft: its own, or those of the target."""
+    return hardware.target if hardware.draft is None else hardware.draft
+
+
 class _Predicted(NamedTuple):
     """What the laws are asked, and the perplexities that they answer."""
 
     draft_parameters: Array  # as the loss law counts them
-    draft_tokens: ArrayLike
+    draft_tokens: Number
     draft_aspect_ratio: Array
-    draft_layers: ArrayLike
+    draft_layers: Number
     draft_perplexity: Array
     target_parameters: Array
-    target_tokens: ArrayLike
+    target_tokens: Number
     target_perplexity: Array
 
 
@@ -347,7 +353,7 @@ def _transfer_seconds(
 def _binding(rounds: Round, gamma: Array) -> Array:
     """The index in `TERMS` of the largest part of a round."""
 
-    def parts(time: PassTime, times: ArrayLike) -> list[Array]:
+    def parts(time: PassTime, times: ArrayLike) -> list[Any]:
         # Of the roofline the larger of its two terms counts: the other is hidden behind it.
         by_compute = time.compute_seconds > time.memory_seconds
         compute = jnp.where(by_compute, time.roofline_seconds, 0)

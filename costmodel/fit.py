@@ -160,7 +160,7 @@ def fit_alpha(gamma: ArrayLike, tokens_per_round: ArrayLike) -> Fit:
       >>> from jaxsd import costmodel
       >>> fit = costmodel.fit_alpha([1, 2, 4, 8], [1.71, 2.18, 2.79, 3.21])
       >>> f"{fit.result.alpha:.3f} +- {fit.standard_errors[0]:.3f}"
-      '0.701 +- 0.001'
+      '0.702 +- 0.001'
 
     Source: SDSL, arXiv 2603.11053, section 4.1 and appendix B.
     """

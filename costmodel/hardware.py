@@ -12,31 +12,31 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ._inputs import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, as_floats, is_traced, require
-from .shapes import BFLOAT16, Formats, Shape, kv_cache_bytes, pass_bytes, pass_flops
+from .shapes import BFLOAT16, Formats, Number, Shape, kv_cache_bytes, pass_bytes, pass_flops
 
 
 class Chip(NamedTuple):
     """What a datasheet says of one chip: dense peaks, one-way links, SI units (GB is 1e9)."""
 
-    flops_per_second: ArrayLike  # 16-bit matrix products, without sparsity
-    int8_flops_per_second: ArrayLike  # 0: the chip has no such units
-    fp8_flops_per_second: ArrayLike  # 0: the chip has no such units
-    bytes_per_second: ArrayLike  # of its main memory
-    memory_bytes: ArrayLike  # its capacity
-    link_bytes_per_second: ArrayLike  # one way, to the other chips of a tensor-parallel group
+    flops_per_second: Number  # 16-bit matrix products, without sparsity
+    int8_flops_per_second: Number  # 0: the chip has no such units
+    fp8_flops_per_second: Number  # 0: the chip has no such units
+    bytes_per_second: Number  # of its main memory
+    memory_bytes: Number  # its capacity
+    link_bytes_per_second: Number  # one way, to the other chips of a tensor-parallel group
 
 
 class Stack(NamedTuple):
     """What software makes of a chip; every number is to be calibrated (`fit_pass_times`)."""
 
-    memory_efficiency: ArrayLike  # reached share of the peak bytes per second
-    compute_efficiency: ArrayLike  # reached share of the peak FLOPs per second
-    fixed_seconds: ArrayLike  # per pass
-    layer_seconds: ArrayLike  # per layer: launches and waits that no width hides
-    collective_seconds: ArrayLike  # per layer, once there is more than one chip
-    hop_seconds: ArrayLike  # per step of a ring from chip to chip
-    overlap: ArrayLike  # exponent of the smooth maximum: 1 none, 8 within 9 %, infinity perfect
-    host_seconds: ArrayLike  # per turn of the decoding loop, plain or not, beside the passes
+    memory_efficiency: Number  # reached share of the peak bytes per second
+    compute_efficiency: Number  # reached share of the peak FLOPs per second
+    fixed_seconds: Number  # per pass
+    layer_seconds: Number  # per layer: launches and waits that no width hides
+    collective_seconds: Number  # per layer, once there is more than one chip
+    hop_seconds: Number  # per step of a ring from chip to chip
+    overlap: Number  # exponent of the smooth maximum: 1 none, 8 within 9 %, infinity perfect
+    host_seconds: Number  # per turn of the decoding loop, plain or not, beside the passes
 
 
 class PassTime(NamedTuple):

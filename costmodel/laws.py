@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ._inputs import AT_LEAST_ONE, FINITE, NON_NEGATIVE, POSITIVE, PROBABILITY, as_floats, require
+from .shapes import Number
 
 # Where an acceptance law comes this close to 0 or 1 it is bent. Every acceptance that SDSL's was
 # fitted on lies in 0.52 to 0.79, far inside, where the law is left exactly as it is.
@@ -27,22 +28,22 @@ MAX_LOSS_NATS = 20.0
 class LossRange(NamedTuple):
     """The models that a loss law was fitted on; the default is any."""
 
-    min_parameters: ArrayLike = 1.0
-    max_parameters: ArrayLike = jnp.inf
-    min_tokens: ArrayLike = 1.0
-    max_tokens: ArrayLike = jnp.inf
-    min_aspect_ratio: ArrayLike = 1e-6  # d_model / n_layers
-    max_aspect_ratio: ArrayLike = jnp.inf
-    min_layers: ArrayLike = 1.0
+    min_parameters: Number = 1.0
+    max_parameters: Number = jnp.inf
+    min_tokens: Number = 1.0
+    max_tokens: Number = jnp.inf
+    min_aspect_ratio: Number = 1e-6  # d_model / n_layers
+    max_aspect_ratio: Number = jnp.inf
+    min_layers: Number = 1.0
 
 
 class PerplexityRange(NamedTuple):
     """The perplexities that an acceptance law was fitted on; the default is any."""
 
-    min_draft_perplexity: ArrayLike = 1.0
-    max_draft_perplexity: ArrayLike = jnp.inf
-    min_target_perplexity: ArrayLike = 1.0
-    max_target_perplexity: ArrayLike = jnp.inf
+    min_draft_perplexity: Number = 1.0
+    max_draft_perplexity: Number = jnp.inf
+    min_target_perplexity: Number = 1.0
+    max_target_perplexity: Number = jnp.inf
 
 
 class AnyLossLaw(Protocol):
@@ -81,12 +82,12 @@ class AnyAcceptanceLaw(Protocol):
 class LossLaw(NamedTuple):
     """Loss in nats per token, `irreducible + A / N^a + B / D^b`, of N parameters and D tokens."""
 
-    irreducible: ArrayLike  # loss of a model without limits, nats per token
-    parameters_coefficient: ArrayLike  # A
-    parameters_exponent: ArrayLike  # a
-    tokens_coefficient: ArrayLike  # B
-    tokens_exponent: ArrayLike  # b
-    embeddings_counted: ArrayLike = 1.0  # which N: 1 all parameters, 0 those outside token tables
+    irreducible: Number  # loss of a model without limits, nats per token
+    parameters_coefficient: Number  # A
+    parameters_exponent: Number  # a
+    tokens_coefficient: Number  # B
+    tokens_exponent: Number  # b
+    embeddings_counted: Number = 1.0  # which N: 1 all parameters, 0 those outside token tables
     fitted: LossRange = LossRange()
 
     def predict(self, parameters: Array, tokens: Array, aspect_ratio: Array | None) -> Array:
@@ -112,11 +113,11 @@ class LossLaw(NamedTuple):
 class KaplanLossLaw(NamedTuple):
     """Loss in nats per token, `((N_c / N)^(a / b) + D_c / D)^b`: it falls to 0 without limits."""
 
-    parameters_scale: ArrayLike  # N_c
-    parameters_exponent: ArrayLike  # a
-    tokens_scale: ArrayLike  # D_c
-    tokens_exponent: ArrayLike  # b
-    embeddings_counted: ArrayLike = 0.0  # which N: 1 all parameters, 0 those outside token tables
+    parameters_scale: Number  # N_c
+    parameters_exponent: Number  # a
+    tokens_scale: Number  # D_c
+    tokens_exponent: Number  # b
+    embeddings_counted: Number = 0.0  # which N: 1 all parameters, 0 those outside token tables
     fitted: LossRange = LossRange()
 
     def predict(self, parameters: Array, tokens: Array, aspect_ratio: Array | None) -> Array:
@@ -142,9 +143,9 @@ class ShapeLossLaw(NamedTuple):
     """
 
     base: Any  # the loss law of size and tokens
-    coefficient: ArrayLike  # e
-    exponent: ArrayLike  # h
-    reference_aspect_ratio: ArrayLike  # R_0
+    coefficient: Number  # e
+    exponent: Number  # h
+    reference_aspect_ratio: Number  # R_0
     fitted: LossRange = LossRange()
 
     @property
@@ -176,18 +177,18 @@ class ShapeLossLaw(NamedTuple):
 class AcceptanceLaw(NamedTuple):
     """Acceptance probability, affine in the perplexities of draft and target, with its errors."""
 
-    draft_slope: ArrayLike  # per unit of draft perplexity
-    target_slope: ArrayLike  # per unit of target perplexity
-    intercept: ArrayLike
-    draft_slope_error: ArrayLike = 0.0  # standard error of the fit
-    target_slope_error: ArrayLike = 0.0
-    intercept_error: ArrayLike = 0.0
+    draft_slope: Number  # per unit of draft perplexity
+    target_slope: Number  # per unit of target perplexity
+    intercept: Number
+    draft_slope_error: Number = 0.0  # standard error of the fit
+    target_slope_error: Number = 0.0
+    intercept_error: Number = 0.0
     # Correlations of those errors. Nothing else says how well the law is known where it was
     # fitted: an intercept is far outside the data, and its error is mostly undone by the slopes'.
-    draft_target_correlation: ArrayLike = 0.0
-    draft_intercept_correlation: ArrayLike = 0.0
-    target_intercept_correlation: ArrayLike = 0.0
-    residual_error: ArrayLike = 0.0  # standard deviation of one pair's alpha around the law
+    draft_target_correlation: Number = 0.0
+    draft_intercept_correlation: Number = 0.0
+    target_intercept_correlation: Number = 0.0
+    residual_error: Number = 0.0  # standard deviation of one pair's alpha around the law
     fitted: PerplexityRange = PerplexityRange()
 
     def predict(self, draft_perplexity: Array, target_perplexity: Array) -> Array:
@@ -205,8 +206,8 @@ class AcceptanceLaw(NamedTuple):
 class LogAcceptanceLaw(NamedTuple):
     """Acceptance `slope * ln(draft perplexity) + intercept`, of drafts for one target."""
 
-    slope: ArrayLike
-    intercept: ArrayLike
+    slope: Number
+    intercept: Number
     fitted: PerplexityRange = PerplexityRange()
 
     def predict(self, draft_perplexity: Array, target_perplexity: Array) -> Array:
@@ -222,8 +223,8 @@ class LogAcceptanceLaw(NamedTuple):
 class PowerAcceptanceLaw(NamedTuple):
     """Acceptance `coefficient * draft perplexity^exponent`, of drafts for one target."""
 
-    coefficient: ArrayLike
-    exponent: ArrayLike
+    coefficient: Number
+    exponent: Number
     fitted: PerplexityRange = PerplexityRange()
 
     def predict(self, draft_perplexity: Array, target_perplexity: Array) -> Array:
@@ -239,7 +240,7 @@ class PowerAcceptanceLaw(NamedTuple):
 class MeasuredAcceptance(NamedTuple):
     """An alpha that was measured, for whatever draft and target."""
 
-    alpha: ArrayLike
+    alpha: Number
     fitted: PerplexityRange = PerplexityRange()
 
     def predict(self, draft_perplexity: Array, target_perplexity: Array) -> Array:
@@ -255,7 +256,7 @@ class PositionAcceptance(NamedTuple):
     """Acceptance measured by position, as the decoder reports it: not every position is alike."""
 
     # [K] share of rounds in which at least 1, 2, ..., K tokens were accepted; falling.
-    by_position: ArrayLike
+    by_position: Number
     fitted: PerplexityRange = PerplexityRange()
 
     def predict(self, draft_perplexity: Array, target_perplexity: Array) -> Array:
@@ -279,8 +280,8 @@ class PositionAcceptance(NamedTuple):
 class PerplexityScale(NamedTuple):
     """From a loss law's perplexity to a measured one: `ln measured = offset + slope * loss`."""
 
-    offset: ArrayLike = 0.0  # nats per token
-    slope: ArrayLike = 1.0
+    offset: Number = 0.0  # nats per token
+    slope: Number = 1.0
 
 
 class Laws(NamedTuple):
@@ -405,9 +406,11 @@ def loss(
     require("parameters", parameters, POSITIVE)
     require("tokens", tokens, POSITIVE)
     if aspect_ratio is None:
-        return law.predict(*as_floats(parameters, tokens), None)
+        size, data = as_floats(parameters, tokens)
+        return law.predict(size, data, None)
     require("aspect_ratio", aspect_ratio, POSITIVE)
-    return law.predict(*as_floats(parameters, tokens, aspect_ratio))
+    size, data, ratio = as_floats(parameters, tokens, aspect_ratio)
+    return law.predict(size, data, ratio)
 
 
 def perplexity(

@@ -41,6 +41,7 @@ from .estimate import (
     Target,
     Workload,
     check,
+    draft_devices,
     law_parameters,
     throughput,
 )
@@ -347,7 +348,7 @@ def _problem(
 
 def _with_draft(hardware: Hardware) -> Hardware:
     """With devices of the draft spelled out: choices of one structure are searched in one call."""
-    return hardware._replace(draft=hardware.target) if hardware.draft is None else hardware
+    return hardware._replace(draft=draft_devices(hardware))
 
 
 def _require_identified(
@@ -360,7 +361,7 @@ def _require_identified(
     """
     if not {"d_model", "n_layers"} <= set(names):
         return
-    devices = hardware.target if hardware.draft is None else hardware.draft
+    devices = draft_devices(hardware)
     stack = devices.stack
     per_layer = float(stack.layer_seconds)
     if float(devices.tensor_parallel) > 1:
@@ -561,7 +562,7 @@ def evaluate_designs(
     if "tokens" in names:
         most = float(np.exp(problem.high[VARIABLES.index("tokens")]))
         designs = designs._replace(tokens=np.full(len(pairs), most))
-    batch = np.array([size for _, size in pairs], np.float64)
+    batch: Any = np.array([size for _, size in pairs], np.float64)
     question = as_float64(problem)
     costs, excess, _ = jax.device_get(_evaluator(names, problem)(question, designs, batch))
     return np.where(np.isnan(costs), np.inf, costs), excess.max(axis=1)

@@ -374,14 +374,15 @@ def _log_gradient(objective: str) -> Callable[[Any], Any]:
 @jax.jit
 def _speedup_slopes(question: Any) -> tuple[Array, Array]:
     """The speed-up, and the slopes of its logarithm in the acceptance law's coefficients."""
-    *rest, laws = question
+    design, target, hardware, workload, laws = question
 
     def log_speedup(coefficients: Array) -> Array:
         law = laws.acceptance
         law = law._replace(
             draft_slope=coefficients[0], target_slope=coefficients[1], intercept=coefficients[2]
         )
-        return jnp.log(throughput(*rest, laws._replace(acceptance=law)).speedup)
+        moved = laws._replace(acceptance=law)
+        return jnp.log(throughput(design, target, hardware, workload, moved).speedup)
 
     law = laws.acceptance
     point = jnp.stack([law.draft_slope, law.target_slope, law.intercept])

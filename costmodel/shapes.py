@@ -51,16 +51,16 @@ class Shape(NamedTuple):
 class Formats(NamedTuple):
     """Bytes per number of what a pass moves. The default is 16 bits for everything."""
 
-    weight_bytes: ArrayLike = 2.0  # scales of a quantised format included: int4 by 32s is 0.5625
-    kv_bytes: ArrayLike = 2.0
-    activation_bytes: ArrayLike = 2.0
+    weight_bytes: Number = 2.0  # scales of a quantised format included: int4 by 32s is 0.5625
+    kv_bytes: Number = 2.0
+    activation_bytes: Number = 2.0
     # Activations read and written per token and layer, in units of d_model numbers: 10 to 20 where
     # a compiler fuses little. Beside weights they are nothing until hundreds of tokens pass.
-    activations_per_layer: ArrayLike = 0.0
+    activations_per_layer: Number = 0.0
     # Share of the arithmetic done at the chip's rate for 8-bit numbers, the rest at that for 16.
     # 8-bit weights alone do not make it 1: most kernels widen them and multiply in 16 bits.
-    int8_arithmetic: ArrayLike = 0.0
-    fp8_arithmetic: ArrayLike = 0.0
+    int8_arithmetic: Number = 0.0
+    fp8_arithmetic: Number = 0.0
 
 
 # 16 bits for weights, keys and values, activations.

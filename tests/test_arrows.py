@@ -18,7 +18,8 @@ ALLOWED = {
     "models": {"flax", "jax", "jaxsd", "ml_dtypes", "numpy", "optax", "orbax"}
     | {"rich", "safetensors", "tokenizers"},
 }
-ALLOWED["jaxsd/cli"] = {"tyro"}.union(*ALLOWED.values())
+# Pictures need matplotlib, an extra: imported where they are drawn, its absence told in one line.
+ALLOWED["jaxsd/cli"] = {"tyro", "cycler", "matplotlib"}.union(*ALLOWED.values())
 
 # What runs code that came with data, by module and by name.
 UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}

@@ -96,6 +96,9 @@ def test_first_order_condition_and_power_law(built):
     shape = rows_of(built, '"200 times smaller"')
     assert shape["exponent k of a power law N* ~ M^k"].ours == pytest.approx(0.578, abs=5e-4)
     assert shape["R2 of the power law, in logarithms"].ours == pytest.approx(0.9979, abs=1e-4)
+    printed = rows_of(built, "The same over the training tokens")
+    assert printed["exponent k of a power law N* ~ M^k"].ours == pytest.approx(0.578, abs=5e-4)
+    assert printed["R2 of the power law, in logarithms"].ours == pytest.approx(0.9989, abs=1e-4)
     assert shape["1 / mu of table 9"].ours == pytest.approx(369, abs=0.5)
     assert shape["mean of M / N* over the grid"].ours == pytest.approx(198, abs=0.5)
     assert shape["largest relative error of the line of table 9"].ours > 0.1

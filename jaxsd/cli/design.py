@@ -82,9 +82,9 @@ def design(
             "and --draft-tokens, for a size"
         )
     if target is None:
-        for name, value in (("target", target_tokens), ("draft", draft_tokens)):
-            if value is None:
-                raise ValueError(f"--target-params needs --{name}-tokens beside it")
+        if target_params is None or target_tokens is None or draft_tokens is None:
+            missing = "target" if target_tokens is None else "draft"
+            raise ValueError(f"--target-params needs --{missing}-tokens beside it")
         if plot is not None or chip is not None:
             raise ValueError("--plot and --chip belong to --target, not to --target-params")
         result = solve_size(target_params, target_tokens, draft_tokens, gamma)

@@ -31,15 +31,18 @@ def fit(
 
     The first line of the file names its columns; lines that begin with # are skipped.
 
-    acceptance: draft_perplexity, alpha, and for the affine form target_perplexity. loss:
-    parameters_total or parameters_non_embedding, training_tokens, loss, and for the form shape
-    n_layers, d_model. times: seconds (of one pass) or tokens_per_second, a model of the catalogue
-    or the columns vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff,
-    tied_embeddings (0 or 1), and where they are not 1, 1, 0, 1, bf16: batch, rows (tokens per
-    sequence and pass), context, tensor_parallel, weight_format (bf16, int8, int4). Labels, any of
-    name, model, family, draft, target, group, note, are allowed everywhere.
+    acceptance needs draft_perplexity, alpha and, for the affine form, target_perplexity.
 
-    What --json writes is what `jaxsd estimate` and `jaxsd design` read with --laws and --times.
+    loss needs parameters_total or parameters_non_embedding, training_tokens, loss and, for the form
+    shape, n_layers and d_model.
+
+    times needs seconds (of one pass) or tokens_per_second, and a model of the catalogue or else
+    vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff and tied_embeddings (0 or 1).
+    It may have batch (else 1), rows (tokens per sequence and pass, else 1), context (else 0),
+    tensor_parallel (else 1) and weight_format (bf16, int8 or int4; else bf16).
+
+    All may have name, model, family, draft, target, group and note. What --json writes is what
+    `jaxsd estimate` and `jaxsd design` read with --laws and --times.
 
     Args:
       kind: acceptance, loss or times.
@@ -318,13 +321,12 @@ def _show(out: dict[str, Any], num_rows: int) -> None:
     """Prints the parameters with their errors and how well they predict."""
     console = rich.console.Console(highlight=False)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"{num_rows} rows")
-    table.add_column("")
-    for name in ("estimate", "standard error", "95 % interval"):
-        table.add_column(name, justify="right")
+    table.add_column("", overflow="fold")
+    for name in ("estimate", "standard error", "95 % from", "to"):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in out["parameters"]:
-        cells = [_number(one["estimate"]), _number(one["standard_error"])]
-        interval = f"{_number(one['low'])} to {_number(one['high'])}"
-        table.add_row(one["name"], *cells, interval if math.isfinite(one["low"]) else "")
+        numbers = (one[name] for name in ("estimate", "standard_error", "low", "high"))
+        table.add_row(one["name"], *map(_number, numbers))
     console.print(table)
     console.print(
         f"R2 {out['r_squared']:.5f}; relative error {_percent(out['mean_relative_error'])} on "
@@ -345,8 +347,8 @@ def _show(out: dict[str, Any], num_rows: int) -> None:
 
 
 def _number(value: float) -> str:
-    """Six digits, or a word where there are none."""
-    return f"{value:.6g}" if math.isfinite(value) else "unknown"
+    """Five digits, or a word where there are none."""
+    return f"{value:.5g}" if math.isfinite(value) else "unknown"
 
 
 def _percent(value: float) -> str:

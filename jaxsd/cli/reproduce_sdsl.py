@@ -200,6 +200,7 @@ def _tables_8_and_9(results: Results) -> Table:
 
 def _printed_grid(results: Results) -> Table:
     ratio, size = _regressions(results.printed_grid)
+    power = sdsl_results.power_law(results.printed_grid)
     return Table(
         "The same over the training tokens that table 7 prints, 1e12..1e13",
         [
@@ -207,8 +208,10 @@ def _printed_grid(results: Results) -> Table:
             Comparison("Table 9: M0", size.result["M0"], 8.71e7),
             Comparison("Table 8: mu", ratio.result["mu"], 4.89e-3),
             Comparison("Table 8: g", ratio.result["g"], -6.07e-5),
+            Comparison("exponent k of a power law N* ~ M^k", power.result["ln M"]),
+            Comparison("R2 of the power law, in logarithms", power.r_squared),
         ],
-        "Not judged: these show that the printed range is not the one that was used.",
+        "Not judged: the first four show that the printed range is not the one that was used.",
     )
 
 

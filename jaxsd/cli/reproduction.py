@@ -142,6 +142,7 @@ def draw(
       ValueError: matplotlib, the extra `plot`, is not installed.
     """
     try:
+        import cycler  # comes with matplotlib
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
@@ -149,8 +150,8 @@ def draw(
         raise ValueError(
             "drawing needs matplotlib, which is not installed: pip install 'jaxsd[plot]'"
         ) from None
-    with matplotlib.rc_context(STYLE):
-        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLORS)
+    style: Any = {**STYLE, "axes.prop_cycle": cycler.cycler(color=COLORS)}
+    with matplotlib.rc_context(style):
         canvas = Canvas(figsize=size)
         FigureCanvasAgg(canvas)
         painter(canvas)
