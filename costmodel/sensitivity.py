@@ -19,8 +19,9 @@ from jax.typing import ArrayLike
 from ._inputs import NON_NEGATIVE, POSITIVE, as_floats, float64_on_host, require
 from ._lattice import Lattice
 from ._problem import FALLING, OBJECTIVES
+from .draft_size import optimal_draft_size
 from .estimate import Design, Hardware, Target, Workload, throughput
-from .laws import AcceptanceLaw
+from .laws import SDSL, AcceptanceLaw, Laws
 from .search import SearchResult, Solution, as_float64, evaluate_designs, solve
 from .shapes import parameters_total
 
@@ -244,6 +245,83 @@ def speedup_interval(
         pair_low=value / pair_factor,
         pair_high=value * pair_factor,
     )
+
+
+class SizeIntervals(NamedTuple):
+    """The optimum of SDSL with its standard errors, in logarithms: a factor up or down."""
+
+    parameters: float
+    parameters_log_error: float
+    gamma: float
+    gamma_log_error: float
+    speedup: float
+    speedup_log_error: float
+
+
+def draft_size_intervals(
+    target_parameters: float, target_tokens: float, draft_tokens: float, laws: Laws = SDSL
+) -> SizeIntervals:
+    """Returns SDSL's best draft size, length and speed-up with their standard errors.
+
+    By the delta method, through the optimum itself: how it moves with the acceptance law follows
+    from the condition that it meets. Read `parameters * exp(+-1.96 parameters_log_error)`.
+
+        error^2 = g C g^T,  g = d ln(optimum) / d(draft slope, target slope, intercept)
+
+    Args:
+      target_parameters: M, number of parameters of the target, positive.
+      target_tokens: number of tokens the target was trained on, positive.
+      draft_tokens: number of tokens the draft will be trained on, positive.
+      laws: with an `AcceptanceLaw` that has standard errors.
+
+    Returns:
+      The optimum and its errors.
+
+    Raises:
+      ValueError: as `optimal_draft_size`; the law has no standard errors; or no draft helps.
+
+    Example:
+      >>> from jaxsd import costmodel
+      >>> design = costmodel.draft_size_intervals(70553706496, 15e12, 180e9)
+      >>> print(f"{design.parameters / 1e6:.0f}M +- {100 * design.parameters_log_error:.0f} %")
+      313M +- 7 %
+
+    Source: SDSL, arXiv 2603.11053, eq. 9 and table 3.
+    """
+    best = optimal_draft_size(target_parameters, target_tokens, draft_tokens, laws)
+    if best.parameters == 0:
+        raise ValueError("no draft makes this target faster: there is no optimum to move")
+    with float64_on_host():
+        covariance = np.asarray(acceptance_covariance(laws.acceptance))
+        question = as_float64((target_parameters, target_tokens, draft_tokens, laws))
+        slopes = np.asarray(_optimum_slopes(question))
+    errors = np.sqrt(np.einsum("ij,jk,ik->i", slopes, covariance, slopes))
+    return SizeIntervals(
+        best.parameters,
+        float(errors[0]),
+        best.gamma,
+        float(errors[1]),
+        best.speedup,
+        float(errors[2]),
+    )
+
+
+@jax.jit
+def _optimum_slopes(question: Any) -> Array:
+    """`[3, 3]` slopes of ln size, ln gamma, ln speed-up in the acceptance law's coefficients."""
+    target, target_tokens, draft_tokens, laws = question
+    law = laws.acceptance
+
+    def optimum(coefficients: Array) -> Array:
+        moved = law._replace(
+            draft_slope=coefficients[0], target_slope=coefficients[1], intercept=coefficients[2]
+        )
+        best = optimal_draft_size(
+            target, target_tokens, draft_tokens, laws._replace(acceptance=moved)
+        )
+        return jnp.log(jnp.stack([best.parameters, best.gamma, best.speedup]))
+
+    return jax.jacobian(optimum)(jnp.stack([law.draft_slope, law.target_slope, law.intercept]))
 
 
 def flat_region(result: SearchResult, losses: Sequence[float] = (0.01, 0.05)) -> list[FlatRegion]:
