@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from ._inputs import float64_on_host, is_traced
 
 CONFIDENCE = 0.95
+# Rows may come as lists, as they do from a file.
+Numbers = ArrayLike | Sequence[float]
 
 _MAX_STEPS = 300
 _DAMPING = 1e-3  # to begin with

@@ -1,207 +1,389 @@
 """How many tokens should be drafted, given how many sequences are decoded together?
 
-Verifying more tokens costs nothing while reading the weights takes longer than the arithmetic, and
-costs in full from there on. With the batch the second comes earlier, so the best number of draft
-tokens falls. Here are the time of a round by batch and draft length, and the length that is best.
+Verifying more tokens is free while reading the weights takes longer than the arithmetic, and costs
+in full from there on. A larger batch gets there sooner, so its best draft is shorter, down to none.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._inputs import (
-    AT_LEAST_ONE,
-    NON_NEGATIVE,
-    POSITIVE,
-    as_floats,
-    is_traced,
-    require,
-)
-from .accepted_length import as_one_dtype
-from .hardware import Chip, Stack, check_chip, check_stack, pass_seconds, smooth_maximum
-from .shapes import BFLOAT16, Formats, Shape
+from ._inputs import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, PROBABILITY, as_floats, require
+from .length_curves import AnyLengthCurve, accepted_length, as_one_dtype
+from .round_times import AnyRoundTimes, checked_round_seconds, last_gamma, round_seconds
 
-# The largest draft length that is looked at where the times do not say how far they reach.
+# The longest draft that is looked at, where it is not given and the times know no end.
 _MAX_GAMMA = 32
-_BISECTIONS = 60  # of an interval of two tokens: to the last digit of float64
+# Halvings of an interval of two tokens: to the last digit of float64.
+_BISECTIONS = 56
 
 
-class AnyRoundTimes(Protocol):
-    """Any NamedTuple with these three methods is a model of times."""
+def token_seconds(
+    curve: AnyLengthCurve, times: AnyRoundTimes, batch: ArrayLike, gamma: ArrayLike
+) -> Array:
+    """Returns the mean time per token of each sequence of a batch.
 
-    def draft(self, batch: Array) -> Array:
-        """Seconds to draft one more token for every sequence."""
-        ...
+    At `gamma=0` it is that of plain decoding. The time per token of the whole batch, which papers
+    on serving report, is this over `batch`.
 
-    def verify(self, batch: Array, gamma: Array) -> Array:
-        """Seconds of the target's pass over gamma + 1 tokens of every sequence."""
-        ...
+        t(b, gamma) = T(b, gamma) / (1 + l(gamma))
 
-    def check(self) -> None:
-        """Raises ValueError if a field is wrong."""
-        ...
+    Args:
+      curve: l, accepted draft tokens by draft length.
+      times: T, seconds per round by batch and draft length.
+      batch: b, sequences decoded together, positive.
+      gamma: draft tokens of each per round, at least 0.
 
+    Returns:
+      Seconds, in the broadcast shape of batch and gamma.
 
-class LinearTimes(NamedTuple):
-    """Verification takes a fixed time and a time for every drafted token, by batch.
+    Raises:
+      ValueError: a field or an argument is outside its range, NaN or of the wrong shape.
 
-    Between the batch sizes times are interpolated; below the first they are constant, beyond the
-    last they rise on as they did before it.
+    Example:
+      >>> from jaxsd import costmodel
+      >>> times = costmodel.LinearTimes([1, 32], [0.020, 0.025], [0.001, 0.010], [0.001, 0.001])
+      >>> curve = costmodel.PowerCurve(0.9, 0.548)
+      >>> for batch in (1, 32):  # ms per token, drafting 0, 1, 2 and 4
+      ...     t = costmodel.token_seconds(curve, times, batch, [0, 1, 2, 4])
+      ...     print([round(1e3 * float(x), 1) for x in t])
+      [20.0, 11.6, 10.4, 9.6]
+      [25.0, 18.9, 20.3, 23.6]
+
+    Source: Su et al., arXiv 2310.18813.
     """
-
-    batches: ArrayLike  # [n] batch sizes, positive, rising; one size stands for all
-    fixed_seconds: ArrayLike  # [n] plain decoding step of the target, b in a_b s + b
-    token_seconds: ArrayLike  # [n] what every drafted token adds to it, a_b
-    draft_seconds: ArrayLike  # [n] one draft step
-
-    def draft(self, batch: Array) -> Array:
-        """The draft step, interpolated."""
-        return _interpolate(batch, self.batches, self.draft_seconds)
-
-    def verify(self, batch: Array, gamma: Array) -> Array:
-        """The line at this batch size."""
-        fixed = _interpolate(batch, self.batches, self.fixed_seconds)
-        fixed, slope, gamma = as_floats(
-            fixed, _interpolate(batch, self.batches, self.token_seconds), gamma
-        )
-        return fixed + slope * gamma
-
-    def check(self) -> None:
-        """Raises ValueError unless there is a positive time for every batch size."""
-        _check_knots("LinearTimes.batches", self.batches, POSITIVE)
-        for name, test in zip(
-            self._fields[1:], (POSITIVE, NON_NEGATIVE, NON_NEGATIVE), strict=True
-        ):
-            _check_shape(f"LinearTimes.{name}", getattr(self, name), np.shape(self.batches))
-            require(f"LinearTimes.{name}", getattr(self, name), test)
+    tokens, seconds = as_floats(accepted_length(curve, gamma), round_seconds(times, batch, gamma))
+    return seconds / (1 + tokens)
 
 
-class Roofline(NamedTuple):
-    """One model's pass over some tokens: flat while weights are read, then rising with each."""
+def goodput(
+    curve: AnyLengthCurve, times: AnyRoundTimes, batch: ArrayLike, gamma: ArrayLike
+) -> Array:
+    """Returns the tokens per second that all sequences of a batch commit together.
 
-    weight_seconds: ArrayLike  # reading the weights once, positive
-    token_seconds: ArrayLike  # arithmetic of one token of one sequence, positive
-    cache_seconds: ArrayLike = 0.0  # reading the cache of one sequence
-    fixed_seconds: ArrayLike = 0.0  # launches and waits that nothing hides
-    sharpness: ArrayLike = 8.0  # of the smooth maximum: 1 adds both up, infinity is the hinge
+    Rejected tokens do not count, the target's own do.
 
-    def seconds(self, batch: Array, rows: Array) -> Array:
-        """Fixed time and the smooth maximum of memory and arithmetic."""
-        weight, token, cache, fixed, sharpness, batch, rows = as_floats(*self, batch, rows)
-        return fixed + smooth_maximum(weight + batch * cache, token * batch * rows, sharpness)
+        b (1 + l(gamma)) / T(b, gamma)
 
+    Args:
+      curve: l, accepted draft tokens by draft length.
+      times: T, seconds per round by batch and draft length.
+      batch: b, sequences decoded together, positive.
+      gamma: draft tokens of each per round, at least 0.
 
-class RooflineTimes(NamedTuple):
-    """Draft and target as rooflines: a round takes gamma passes of one and one of the other."""
+    Returns:
+      Tokens per second, in the broadcast shape of batch and gamma.
 
-    target_pass: Roofline
-    draft_pass: Roofline
+    Raises:
+      ValueError: a field or an argument is outside its range, NaN or of the wrong shape.
 
-    def draft(self, batch: Array) -> Array:
-        """A pass over one token of every sequence."""
-        return self.draft_pass.seconds(batch, jnp.ones_like(batch))
+    Example:
+      >>> from jaxsd import costmodel
+      >>> times = costmodel.LinearTimes([1, 32], [0.020, 0.025], [0.001, 0.010], [0.001, 0.001])
+      >>> print(round(float(costmodel.goodput(costmodel.GeometricCurve(0.8), times, 32, 1))))
+      1600
 
-    def verify(self, batch: Array, gamma: Array) -> Array:
-        """A pass over gamma + 1 tokens of every sequence."""
-        return self.target_pass.seconds(batch, gamma + 1)
-
-    def check(self) -> None:
-        """Raises ValueError unless weights and arithmetic take time."""
-        for name, roofline in zip(self._fields, self, strict=True):
-            for field in ("weight_seconds", "token_seconds"):
-                require(f"{name}.{field}", getattr(roofline, field), POSITIVE)
-            for field in ("cache_seconds", "fixed_seconds"):
-                require(f"{name}.{field}", getattr(roofline, field), NON_NEGATIVE)
-            require(f"{name}.sharpness", roofline.sharpness, AT_LEAST_ONE)
-
-
-class HardwareTimes(NamedTuple):
-    """The times that shapes, a chip and its software predict, by `pass_seconds`."""
-
-    target_shape: Shape
-    draft_shape: Shape
-    chip: Chip
-    stack: Stack
-    context: ArrayLike  # tokens of each sequence in the cache
-    tensor_parallel: ArrayLike = 1
-    target_formats: Formats = BFLOAT16
-    draft_formats: Formats = BFLOAT16
-
-    def draft(self, batch: Array) -> Array:
-        """The draft's pass over one token of every sequence."""
-        return self._seconds(self.draft_shape, batch, jnp.ones_like(batch), self.draft_formats)
-
-    def verify(self, batch: Array, gamma: Array) -> Array:
-        """The target's pass over gamma + 1 tokens of every sequence, and the host's turn."""
-        seconds, host = as_floats(
-            self._seconds(self.target_shape, batch, gamma + 1, self.target_formats),
-            self.stack.host_seconds,
-        )
-        return seconds + host
-
-    def check(self) -> None:
-        """Raises ValueError unless chip, stack and context are in range."""
-        check_chip(self.chip, self.target_formats)
-        check_chip(self.chip, self.draft_formats)
-        check_stack(self.stack)
-        require("HardwareTimes.context", self.context, NON_NEGATIVE)
-        require("HardwareTimes.tensor_parallel", self.tensor_parallel, AT_LEAST_ONE)
-
-    def _seconds(self, shape: Shape, batch: Array, rows: Array, formats: Formats) -> Array:
-        return pass_seconds(
-            shape,
-            self.chip,
-            batch,
-            rows,
-            self.context,
-            self.tensor_parallel,
-            formats,
-            stack=self.stack,
-        )
-
-
-class MeasuredTimes(NamedTuple):
-    """Times measured on a grid of batch sizes and draft lengths, interpolated linearly in both.
-
-    Below the smallest batch times are constant; beyond the largest they rise on as before it.
+    Source: Liu et al. (SmartSpec), arXiv 2406.14066.
     """
+    per_token, batch_ = as_floats(token_seconds(curve, times, batch, gamma), batch)
+    return batch_ / per_token
 
-    batches: ArrayLike  # [n] batch sizes, positive, rising
-    gammas: ArrayLike  # [m] draft lengths, rising from 0, which is plain decoding
-    verify_seconds: ArrayLike  # [n, m] the target's pass over gamma + 1 tokens of every sequence
-    draft_seconds: ArrayLike  # [n] one draft step; 0 where verify_seconds is of whole rounds
 
-    def draft(self, batch: Array) -> Array:
-        """The draft step, interpolated."""
-        return _interpolate(batch, self.batches, self.draft_seconds)
+def marginal_gain(
+    curve: AnyLengthCurve, times: AnyRoundTimes, batch: ArrayLike, gamma: ArrayLike
+) -> Array:
+    """Returns by which share of itself goodput grows with one more drafted token.
 
-    def verify(self, batch: Array, gamma: Array) -> Array:
-        """The grid, interpolated."""
-        seconds, batch, gamma = as_one_dtype(self.verify_seconds, batch, gamma)
-        batch, gamma = as_floats(batch, gamma)
-        row, below = _segment(batch, self.batches)
-        column, left = _segment(gamma, self.gammas)
-        ends = []
-        for step in (0, 1):
-            start = seconds[row + step, column]
-            rise = seconds[row + step, jnp.minimum(column + 1, seconds.shape[1] - 1)] - start
-            ends.append(start + left * _rise(left, rise))
-        return ends[0] + below * _rise(below, ends[1] - ends[0])
+    The first-order condition is that this be 0. It falls in gamma for curves that bend down and
+    times that do not, so there is one best length.
 
-    def check(self) -> None:
-        """Raises ValueError unless there is a positive time for every point of the grid."""
-        _check_knots("MeasuredTimes.batches", self.batches, POSITIVE)
-        _check_knots("MeasuredTimes.gammas", self.gammas, NON_NEGATIVE)
-        if not is_traced(self.gammas) and np.asarray(self.gammas)[0] != 0:
-            raise ValueError(
-                f"MeasuredTimes.gammas begin at {np.asarray(self.gammas)[0]:g} and must begin at "
-                "0, plain decoding, with which every length is compared"
-            )
-        shape = (*np.shape(self.batches), *np.shape(self.gammas))
-        _check_shape("MeasuredTimes.verify_seconds", self.verify_seconds, shape)
-        _check_shape("MeasuredTimes.draft_seconds", self.draft_seconds, shape[:1])
-        require("MeasuredTimes.verify_seconds", self.verify_seconds, POSITIVE)
-        require("MeasuredTimes.draft_seconds", self.draft_seconds, NON_NEGATIVE)
+        d ln goodput / d gamma = l'(gamma) / (1 + l(gamma)) - T'(b, gamma) / T(b, gamma)
+
+    Args:
+      curve: l, accepted draft tokens by draft length.
+      times: T, seconds per round by batch and draft length.
+      batch: b, sequences decoded together, positive.
+      gamma: draft tokens of each per round, at least 0.
+
+    Returns:
+      The share per token, in the broadcast shape of batch and gamma.
+
+    Raises:
+      ValueError: a field or an argument is outside its range, NaN or of the wrong shape.
+
+    Example:
+      >>> from jaxsd import costmodel
+      >>> times = costmodel.LinearTimes([1], [1.0], [0.1], [0.1])
+      >>> curve = costmodel.PowerCurve(0.9, 0.548)
+      >>> [round(float(costmodel.marginal_gain(curve, times, 1, s)), 3) for s in (1, 2, 4)]
+      [0.093, 0.013, -0.021]
+
+    Source: Su et al., arXiv 2310.18813, for the quotient that is maximised.
+    """
+    accepted_length(curve, gamma)
+    round_seconds(times, batch, gamma)
+    curve, times, batch_, gamma_ = _as_arrays((curve, times, batch, gamma))
+    return _slope(curve, times, *as_floats(batch_, gamma_))
+
+
+def optimal_gamma_for_batch(
+    curve: AnyLengthCurve,
+    times: AnyRoundTimes,
+    batch: ArrayLike,
+    max_gamma: int | None = None,
+) -> Array:
+    """Returns the number of draft tokens, a real number, that makes goodput largest at a batch.
+
+    0 means: do not speculate. Found by its first-order condition near the best whole number, so
+    that the steps of a measured grid do not hide a better length further on. Differentiable in
+    curve, times and batch to any order, by the implicit function; the gradient is zero at 0, at
+    `max_gamma` and at a corner of a measured curve or grid.
+
+        argmax over gamma in [0, max_gamma] of b (1 + l(gamma)) / T(b, gamma)
+
+    A power curve rises infinitely steeply from 0, so that some fraction of a token always seems to
+    pay. Below 1 only `optimal_integer_gamma_for_batch` says whether it does.
+
+    Args:
+      curve: l, accepted draft tokens by draft length.
+      times: T, seconds per round by batch and draft length.
+      batch: b, sequences decoded together, positive.
+      max_gamma: the largest length considered, a Python integer (it is a shape); by default 32, or
+        the last length of `MeasuredTimes`.
+
+    Returns:
+      Draft tokens per round, in [0, max_gamma], in the shape of batch.
+
+    Raises:
+      ValueError: a field or an argument is outside its range, NaN or of the wrong shape, or
+        `max_gamma` is beyond the last measured length.
+
+    Example:
+      >>> from jaxsd import costmodel
+      >>> times = costmodel.LinearTimes([1, 32], [0.020, 0.025], [0.001, 0.010], [0.001, 0.001])
+      >>> curve = costmodel.GeometricCurve(0.8)
+      >>> [f"{float(costmodel.optimal_gamma_for_batch(curve, times, b)):.2f}" for b in (1, 8, 32)]
+      ['5.76', '4.02', '2.00']
+
+    Source: Su et al., arXiv 2310.18813.
+    """
+    return _optimum(*_question(curve, times, batch, max_gamma))
+
+
+def optimal_integer_gamma_for_batch(
+    curve: AnyLengthCurve,
+    times: AnyRoundTimes,
+    batch: ArrayLike,
+    max_gamma: int | None = None,
+) -> Array:
+    """Returns the whole number of draft tokens that makes goodput largest at a batch.
+
+    The smallest one where several are equally good, so 0, do not speculate, wherever nothing is
+    gained. Every length is tried: measured times have steps. Not differentiable.
+
+        argmax over gamma in {0, ..., max_gamma} of b (1 + l(gamma)) / T(b, gamma)
+
+    Args:
+      curve: l, accepted draft tokens by draft length.
+      times: T, seconds per round by batch and draft length.
+      batch: b, sequences decoded together, positive.
+      max_gamma: the largest length considered, a Python integer (it is a shape); by default 32, or
+        the last length of `MeasuredTimes`.
+
+    Returns:
+      Draft tokens per round, int32, in 0..max_gamma, in the shape of batch.
+
+    Raises:
+      ValueError: a field or an argument is outside its range, NaN or of the wrong shape, or
+        `max_gamma` is beyond the last measured length.
+
+    Example:
+      >>> from jaxsd import costmodel
+      >>> times = costmodel.LinearTimes([1, 32], [0.020, 0.025], [0.001, 0.030], [0.001, 0.001])
+      >>> curve = costmodel.PowerCurve(0.9, 0.548)
+      >>> print(costmodel.optimal_integer_gamma_for_batch(curve, times, [1, 8, 32]))
+      [6 1 0]
+
+    Source: Su et al., arXiv 2310.18813.
+    """
+    return _integer_optimum(*_question(curve, times, batch, max_gamma))
+
+
+def run_to_completion_rounds(
+    acceptance_by_position: ArrayLike, num_tokens: int, batch: ArrayLike
+) -> Array:
+    """Returns the mean number of rounds until the slowest of a batch's sequences is done.
+
+    A batch that is decoded until all of it is done waits for its least lucky sequence. The mean is
+    exact, over every course that independent sequences can take: with P_n the chance that one
+    has its tokens after n rounds,
+
+        rounds = sum over n >= 0 of 1 - P_n^b
+
+    Over the value at `batch=1` it is what such batches lose to those that refill every round.
+
+    Args:
+      acceptance_by_position: `[K]` share of rounds in which at least 1, 2, ..., K drafted tokens
+        are accepted, in [0, 1], falling; `acceptance_by_position(curve, K)` of a curve.
+      num_tokens: tokens that every sequence must commit, a Python integer (it is a shape), at
+        least 1.
+      batch: b, sequences, at least 1; a real number interpolates.
+
+    Returns:
+      Rounds, in the shape of batch.
+
+    Raises:
+      ValueError: an argument is outside its range, NaN or of the wrong shape.
+
+    Example:
+      >>> from jaxsd import costmodel
+      >>> shares = costmodel.acceptance_by_position(costmodel.GeometricCurve(0.7), 4)
+      >>> rounds = costmodel.run_to_completion_rounds(shares, 128, [1, 8, 32])
+      >>> [round(float(x), 1) for x in rounds]
+      [46.6, 52.2, 55.0]
+
+    Source: Su et al., arXiv 2310.18813, whose server decodes so.
+    """
+    shape = np.shape(acceptance_by_position)
+    if len(shape) != 1:
+        raise ValueError(f"acceptance_by_position of shape {shape} must have shape [K]")
+    require("acceptance_by_position", acceptance_by_position, PROBABILITY)
+    require("num_tokens", num_tokens, AT_LEAST_ONE)
+    require("batch", batch, AT_LEAST_ONE)
+    shares, batch_ = as_one_dtype(acceptance_by_position, batch)
+    return _slowest_rounds(shares, batch_, np.zeros(num_tokens, np.int8))
+
+
+def _question(
+    curve: AnyLengthCurve, times: AnyRoundTimes, batch: ArrayLike, max_gamma: int | None
+) -> tuple[AnyLengthCurve, AnyRoundTimes, Array, Array]:
+    """The arguments, checked and as arrays of one type, and the lengths that are tried."""
+    last = last_gamma(times)
+    if max_gamma is None:
+        max_gamma = _MAX_GAMMA if last is None else int(last)
+    require("max_gamma", max_gamma, NON_NEGATIVE)
+    if last is not None and max_gamma > last:
+        raise ValueError(
+            f"max_gamma={max_gamma} lies beyond the measured draft lengths, which end at {last:g}"
+        )
+    curve.check()
+    times.check()
+    require("batch", batch, POSITIVE)
+    return _as_arrays((curve, times, batch, np.arange(max_gamma + 1)))
+
+
+def _as_arrays(question: Any) -> Any:
+    """Every leaf as an array, all of one floating dtype."""
+
+    def is_list(node: Any) -> bool:
+        """Whether it would reach a compiled function as so many separate numbers."""
+        return isinstance(node, list) or (type(node) is tuple and node is not question)
+
+    leaves, tree = jax.tree.flatten(question, is_leaf=is_list)
+    return jax.tree.unflatten(tree, as_one_dtype(*leaves))
+
+
+def _token_seconds(
+    curve: AnyLengthCurve, times: AnyRoundTimes, batch: Array, gamma: Array
+) -> Array:
+    """`token_seconds` of checked arrays."""
+    tokens, seconds = as_floats(curve.accepted(gamma), checked_round_seconds(times, batch, gamma))
+    return seconds / (1 + tokens)
+
+
+def _on_grid(
+    curve: AnyLengthCurve, times: AnyRoundTimes, batch: Array, gammas: Array
+) -> tuple[Array, Array]:
+    """`[M + 1, ...]` seconds per token of every length, and the batches in their full shape."""
+    shape = jax.eval_shape(_token_seconds, curve, times, batch, jnp.zeros_like(batch)).shape
+    batch = jnp.broadcast_to(batch, shape)
+    gammas = gammas.reshape(-1, *(1,) * len(shape))
+    return _token_seconds(curve, times, *as_floats(batch[None], gammas)), batch
+
+
+@jax.jit
+def _integer_optimum(
+    curve: AnyLengthCurve, times: AnyRoundTimes, batch: Array, gammas: Array
+) -> Array:
+    """The first of the best lengths."""
+    seconds, _ = _on_grid(curve, times, batch, gammas)
+    return jnp.argmin(seconds, axis=0).astype(jnp.int32)
+
+
+@jax.jit
+def _slope(curve: AnyLengthCurve, times: AnyRoundTimes, batch: Array, gamma: Array) -> Array:
+    """`marginal_gain` of checked arrays."""
+    gain, loss = _slopes(curve, times, batch, gamma)
+    return gain - loss
+
+
+def _slopes(
+    curve: AnyLengthCurve, times: AnyRoundTimes, batch: Array, gamma: Array
+) -> tuple[Array, Array]:
+    """By which share one more drafted token adds to a round's tokens, and to its time."""
+    one = jnp.ones_like(gamma)
+    tokens, more_tokens = jax.jvp(curve.accepted, (gamma,), (one,))
+    seconds, more_seconds = jax.jvp(partial(checked_round_seconds, times, batch), (gamma,), (one,))
+    return tuple(as_floats(more_tokens / (1 + tokens), more_seconds / seconds))
+
+
+@jax.jit
+def _optimum(curve: AnyLengthCurve, times: AnyRoundTimes, batch: Array, gammas: Array) -> Array:
+    """The root of the first-order condition beside the best whole length."""
+    seconds, batch = _on_grid(curve, times, batch, gammas)
+    if gammas.shape[0] == 1:
+        return jnp.zeros_like(batch)
+    best = 1 + jnp.argmin(seconds[1:], axis=0).astype(gammas.dtype)
+    low, high = best - 1, jnp.minimum(best + 1, gammas[-1])
+
+    def bisect(condition: Callable[[Array], Array], start: Array) -> Array:
+        def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            middle = (ends[0] + ends[1]) / 2
+            rises = condition(middle) > 0
+            return jnp.where(rises, middle, ends[0]), jnp.where(rises, ends[1], middle)
+
+        ends = jax.lax.fori_loop(0, _BISECTIONS, halve, jax.lax.stop_gradient((low, high)))
+        return (ends[0] + ends[1]) / 2
+
+    def divide(linear: Callable[[Array], Array], value: Array) -> Array:
+        slope = linear(jnp.ones_like(value))
+        return value / jnp.where(slope == 0, 1, slope)
+
+    gamma = jax.lax.custom_root(partial(_slope, curve, times, batch), best, bisect, divide)
+    gain, loss = _slopes(curve, times, batch, gamma)
+    # At an end, and at a corner of what was measured, the condition changes sign without a root.
+    is_root = jnp.abs(gain - loss) <= jnp.finfo(gain.dtype).eps ** 0.5 * (gain + loss)
+    gamma = jnp.where(is_root, gamma, jax.lax.stop_gradient(gamma))
+    pays = _token_seconds(curve, times, batch, gamma) < seconds[0]
+    return jnp.where(pays, gamma, 0)
+
+
+@jax.jit
+def _slowest_rounds(shares: Array, batch: Array, tokens: Array) -> Array:
+    """`run_to_completion_rounds`; `tokens` only says how many there are."""
+    num_tokens, num_drafted = tokens.shape[0], shares.shape[0]
+    before = jnp.concatenate([jnp.ones(1, shares.dtype), shares])
+    after = jnp.concatenate([shares, jnp.zeros(1, shares.dtype)])
+    exactly = before - after  # [K + 1] chance of a round of 1, 2, ..., K + 1 tokens
+
+    def play(so_far: Array, _: None) -> tuple[Array, Array]:
+        """From the law of the tokens committed, of those not done, to that one round later."""
+        padded = jnp.concatenate([jnp.zeros(num_drafted + 1, so_far.dtype), so_far])
+        moved = [
+            exactly[k] * padded[num_drafted - k : num_drafted - k + num_tokens]
+            for k in range(num_drafted + 1)
+        ]
+        return sum(moved), so_far.sum()
+
+    start = jnp.zeros(num_tokens, shares.dtype).at[0].set(1)
+    _, open_ = jax.lax.scan(play, start, None, length=num_tokens)  # 1 - P_n for n = 0, 1, ...
+    # 1 - (1 - x)^b without cancellation; where x is 1 the logarithm must stay finite.
+    open_ = jnp.minimum(open_, 1 - jnp.finfo(open_.dtype).eps)
+    open_ = open_.reshape(-1, *(1,) * batch.ndim)
+    return -jnp.expm1(batch[None] * jnp.log1p(-open_)).sum(0)

@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from ._inputs import AT_LEAST_ONE, POSITIVE, require
-from ._least_squares import Fit, Model, host_numbers, range_of, solve, value_and_jacobian
+from ._least_squares import Fit, Model, Numbers, host_numbers, range_of, solve, value_and_jacobian
 from .laws import (
     AcceptanceLaw,
     LogAcceptanceLaw,
@@ -35,9 +34,9 @@ AcceptanceForm = Literal["affine", "linear", "log", "power"]
 
 
 def fit_acceptance(
-    draft_perplexity: ArrayLike,
-    target_perplexity: ArrayLike,
-    alpha: ArrayLike,
+    draft_perplexity: Numbers,
+    target_perplexity: Numbers,
+    alpha: Numbers,
     form: AcceptanceForm | None = None,
     targets: Sequence[str] | None = None,
     groups: Sequence[Any] | None = None,
@@ -138,7 +137,7 @@ def fit_acceptance(
     return out._replace(result=laws[""] if targets is None else laws)
 
 
-def fit_alpha(gamma: ArrayLike, tokens_per_round: ArrayLike) -> Fit:
+def fit_alpha(gamma: Numbers, tokens_per_round: Numbers) -> Fit:
     """Returns the one acceptance probability behind tokens per round at several gammas.
 
     Minimises the squares of `tokens_per_round - expected_tokens(alpha, gamma)`. If tokens are not
@@ -190,8 +189,8 @@ def fit_alpha(gamma: ArrayLike, tokens_per_round: ArrayLike) -> Fit:
 
 
 def fit_linear(
-    columns: Mapping[str, ArrayLike],
-    values: ArrayLike,
+    columns: Mapping[str, Numbers],
+    values: Numbers,
     intercept: str | None = "intercept",
     robust: bool = False,
     groups: Sequence[Any] | None = None,

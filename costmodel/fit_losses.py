@@ -8,10 +8,9 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from ._inputs import AT_LEAST_ONE, POSITIVE, require
-from ._least_squares import Fit, Model, host_numbers, range_of, solve, value_and_jacobian
+from ._least_squares import Fit, Model, Numbers, host_numbers, range_of, solve, value_and_jacobian
 from .laws import KaplanLossLaw, LossLaw, LossRange, ShapeLossLaw
 
 # A loss is off by a tenth of a percent. A combination of parameters that such errors move by all of
@@ -23,11 +22,11 @@ Exponents = Literal["equal", "shape_free", "free"]
 
 
 def fit_loss(
-    parameters: ArrayLike,
-    tokens: ArrayLike,
-    losses: ArrayLike,
-    n_layers: ArrayLike | None = None,
-    d_model: ArrayLike | None = None,
+    parameters: Numbers,
+    tokens: Numbers,
+    losses: Numbers,
+    n_layers: Numbers | None = None,
+    d_model: Numbers | None = None,
     form: LossForm = "size",
     exponents: Exponents = "free",
     embeddings_counted: float = 1.0,
@@ -217,9 +216,12 @@ def _loss_numbers(form: str, unknowns: Array, centres: Array) -> Array:
 def _loss_law(form: str, numbers: Any, embeddings_counted: Any, fitted: LossRange) -> Any:
     """The law of a form from its numbers."""
     if form == "kaplan":
-        return KaplanLossLaw(*numbers, embeddings_counted, fitted)
-    law = LossLaw(*numbers[:5], embeddings_counted, fitted)
-    return law if form == "size" else ShapeLossLaw(law, *numbers[5:], 0.0, fitted)
+        return KaplanLossLaw(*numbers, embeddings_counted=embeddings_counted, fitted=fitted)
+    law = LossLaw(*numbers[:5], embeddings_counted=embeddings_counted, fitted=fitted)
+    if form == "size":
+        return law
+    coefficient, exponent = numbers[5:]
+    return ShapeLossLaw(law, coefficient, exponent, reference_aspect_ratio=0.0, fitted=fitted)
 
 
 def _losses(
@@ -272,7 +274,7 @@ def _loss_starts(
 
 
 def _aspect_ratio(
-    form: str, n_layers: ArrayLike | None, d_model: ArrayLike | None, num_rows: int
+    form: str, n_layers: Numbers | None, d_model: Numbers | None, num_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """[n] d_model / n_layers and n_layers, or ones where none are given nor needed."""
     if n_layers is None or d_model is None:

@@ -161,7 +161,7 @@ def _field(name: str, unknown: float) -> tuple[float, float]:
     if name in _EFFICIENCIES:
         return np.exp(unknown), np.exp(unknown)
     if name == "overlap":
-        return 1 / unknown, 1 / unknown**2
+        return 1 / unknown, -1 / unknown**2
     return unknown, 1.0
 
 

@@ -316,9 +316,10 @@ BESIROGLU = LossLaw(1.8172, 482.01, 0.3478, 2085.43, 0.3658, fitted=CHINCHILLA_R
 HOFFMANN = LossLaw(1.69, 406.4, 0.34, 410.7, 0.28, fitted=CHINCHILLA_RANGE)
 # Kaplan et al., arXiv 2001.08361, table 2 and eq. 1.5.
 KAPLAN = KaplanLossLaw(6.4e13, 0.076, 1.8e13, 0.103, fitted=LossRange(768, 1.5e9, 22e6, 23e9))
-# Bian et al. (Morph), arXiv 2501.18107: from 36 models at 1 to 3 token counts each. The
-# paper prints no constants; these come from its public losses by `fit_loss`, and a test refits.
+# The models of Bian et al. (Morph): 36 of them, at one to three token counts each.
 MORPH_RANGE = LossRange(77e6, 1.7e9, 1.6e9, 5e10, 17.0, 384.0, 3.0)
+# Bian et al. (Morph), arXiv 2501.18107. The paper prints no constants; these come from its public
+# losses by `fit_loss`, and a test refits them.
 MORPH = ShapeLossLaw(
     LossLaw(2.44751, 5.47544e4, 0.614574, 7.78346e5, 0.614574, fitted=MORPH_RANGE),
     coefficient=1.14621e-3,

@@ -116,7 +116,7 @@ def simulate_tokens(key: Array, acceptance_by_position: ArrayLike, num_rounds: i
     Args:
       key: a JAX random key.
       acceptance_by_position: `[gamma]` share of rounds in which at least 1, 2, ..., gamma drafted
-        tokens are accepted, in [0, 1], falling; `alpha ** jnp.arange(1, gamma + 1)` for one alpha.
+        tokens are accepted, in [0, 1], falling; `alpha ** jnp.arange(1.0, gamma + 1)` for one alpha.
       num_rounds: how many, a Python integer (it is a shape).
 
     Returns:
@@ -129,7 +129,7 @@ def simulate_tokens(key: Array, acceptance_by_position: ArrayLike, num_rounds: i
       >>> import jax
       >>> import jax.numpy as jnp
       >>> from jaxsd import costmodel
-      >>> alpha = 0.8 ** jnp.arange(1, 5)
+      >>> alpha = 0.8 ** jnp.arange(1.0, 5.0)
       >>> tokens = costmodel.simulate_tokens(jax.random.key(0), alpha, 100_000)
       >>> bool(abs(tokens.mean() - costmodel.expected_tokens(0.8, 4)) < 0.03)  # 6 standard errors
       True

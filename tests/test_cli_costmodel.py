@@ -84,7 +84,8 @@ def test_a_design_is_drawn(designed):
 
 def test_a_design_in_words(designed, capsys):
     """The same question again, compiled already: what a person sees."""
-    status = main.main([*DESIGN, "--draft-tokens", "1T", "--gamma", "4"])
+    question = "--draft-tokens 1T --gamma 4 --draft-weights bf16,int4"
+    status = main.main([*DESIGN, *shlex.split(question)])
     text = capsys.readouterr().out
     assert status == 0
     for words in (
@@ -151,6 +152,7 @@ def test_estimate_takes_what_was_measured(capsys):
         ((*DESIGN, "--draft-tokens", "1T", "--plot", "x.bmp"), "must end in .png"),
         ((*DESIGN[:-1], "1", "--draft-tokens", "1T"), "memory of a chip is 1.96 times"),
         ((*DESIGN, "--draft-tokens", "1T", "--laws", "no.json"), "no.json"),
+        ((*DESIGN, "--draft-tokens", "1T", "--draft-weights", "fp3"), "out of bf16, int8, int4"),
         ((*ESTIMATE, "--gamma", "-1"), "design.gamma=-1 must be at least 0"),
         ((*ESTIMATE[:-1], "3", "--gamma", "4"), "cannot be cut into 3 parts"),
         ((*ESTIMATE, "--gamma", "4", "--alpha", "2"), "MeasuredAcceptance.alpha=2"),

@@ -8,15 +8,15 @@ import rich.progress
 import rich.table
 
 from . import question, shape_report
-from .quantity import Quantity, format_quantity
+from .quantity import OptionalQuantity, format_quantity
 
 Objective = Literal["throughput", "throughput_per_chip", "speedup", "latency", "cost", "total_cost"]
 
 
 def design(
-    target_params: Quantity | None = None,
-    target_tokens: Quantity | None = None,
-    draft_tokens: Quantity | None = None,
+    target_params: OptionalQuantity = None,
+    target_tokens: OptionalQuantity = None,
+    draft_tokens: OptionalQuantity = None,
     gamma: float | None = None,
     target: str | None = None,
     chip: str | None = None,
@@ -26,12 +26,12 @@ def design(
     context: int = 1024,
     free: str = "d_model,n_layers,gamma",
     objective: Objective = "throughput",
-    train_flops: Quantity | None = None,
+    train_flops: OptionalQuantity = None,
     max_first_token_seconds: float | None = None,
     max_token_seconds: float | None = None,
-    served_tokens: Quantity | None = None,
+    served_tokens: OptionalQuantity = None,
     target_weights: question.Weights = "bf16",
-    draft_weights: question.Weights = "bf16",
+    draft_weights: str = "bf16",
     loss_law: question.LossLawName = "shape-aware",
     laws: str | None = None,
     stack: str | None = None,
@@ -65,7 +65,7 @@ def design(
       max_token_seconds: longest time per token of one sequence.
       served_tokens: tokens expected to be served with this draft.
       target_weights: format of the target's weights.
-      draft_weights: format of the draft's weights.
+      draft_weights: formats of the draft's weights to try, out of bf16,int8,int4.
       loss_law: the law of perplexity; only shape-aware tells width from depth.
       laws: files of laws that `jaxsd fit` wrote, separated by commas; they replace those above.
       stack: efficiencies and overheads, by name; by default xla-tpu on TPUs, else torch-compile.
@@ -118,7 +118,7 @@ def design(
         max_first_token_seconds=max_first_token_seconds,
         max_token_seconds=max_token_seconds,
         served_tokens=served_tokens,
-        draft_formats=question.formats(draft_weights),
+        draft_formats=question.several_formats(draft_weights),
         laws=question.laws(loss_law, laws),
     )
     return shape_report.run(asked, console, plot)

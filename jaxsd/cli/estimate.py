@@ -7,7 +7,7 @@ import rich.console
 import rich.table
 
 from . import question, shape_report
-from .quantity import Quantity
+from .quantity import OptionalQuantity
 
 
 def estimate(
@@ -15,8 +15,8 @@ def estimate(
     draft: str,
     chip: str,
     gamma: float,
-    target_tokens: Quantity | None = None,
-    draft_tokens: Quantity | None = None,
+    target_tokens: OptionalQuantity = None,
+    draft_tokens: OptionalQuantity = None,
     alpha: float | None = None,
     acceptance_by_position: str | None = None,
     chips: int = 1,

@@ -1,6 +1,6 @@
 """Large numbers as people write them: 70B, 15e12, 312.8M."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -35,13 +35,13 @@ def format_quantity(value: float) -> str:
     return f"{value:.4g}"
 
 
-Quantity = Annotated[
-    float,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="NUMBER",
-        instance_from_str=lambda words: parse_quantity(words[0]),
-        is_instance=lambda value: isinstance(value, float | int),
-        str_from_instance=lambda value: [f"{value:g}"],
-    ),
-]
+_SPEC: Any = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="NUMBER",
+    instance_from_str=lambda words: parse_quantity(words[0]),
+    is_instance=lambda value: value is None or isinstance(value, float | int),
+    str_from_instance=lambda value: ["none" if value is None else f"{value:g}"],
+)
+Quantity = Annotated[float, _SPEC]
+# A union of the above with None would not name the option in its error.
+OptionalQuantity = Annotated[float | None, _SPEC]

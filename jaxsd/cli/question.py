@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import typing
 from typing import Any, Literal
 
 from .quantity import format_quantity
@@ -15,6 +16,16 @@ def formats(weights: Weights) -> Any:
     from jaxsd import costmodel
 
     return {"bf16": costmodel.BFLOAT16, "int8": costmodel.INT8, "int4": costmodel.INT4}[weights]
+
+
+def several_formats(names: str) -> dict[str, Any]:
+    """Bytes per number by name, of formats separated by commas."""
+    known = typing.get_args(Weights)
+    given = [name.strip() for name in names.split(",")]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"draft_weights={names!r} must be out of {', '.join(known)}")
+    return {name: formats(name) for name in given}
 
 
 def target(name: str, tokens: float | None, weights: Weights) -> Any:

@@ -298,5 +298,8 @@ def _plane(pairs: list[dict[str, Any]]) -> Any:
     """The affine law of some pairs."""
     from jaxsd import costmodel
 
-    names = ("draft_perplexity", "target_perplexity", "alpha")
-    return costmodel.fit_acceptance(*([row[name] for row in pairs] for name in names))
+    return costmodel.fit_acceptance(
+        [row["draft_perplexity"] for row in pairs],
+        [row["target_perplexity"] for row in pairs],
+        [row["alpha"] for row in pairs],
+    )

@@ -144,7 +144,7 @@ def _throughputs(results: "Results", canvas: Any) -> None:
                 markeredgecolor="black",
                 markeredgewidth=0.4,
             )
-        data = found.draft_tokens[0]
+        data = results.table_5[(targets[0], family)].draft_tokens[0]
         panel.set_title(f"{family} data: {data / 1e12:g}T tokens")
         panel.set_xlabel("parameters of the draft, N")
         panel.set_xlim(1e7, 3e10)

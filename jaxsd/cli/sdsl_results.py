@@ -145,13 +145,15 @@ def _search() -> dict[Any, Optima]:
     from jaxsd import costmodel
 
     questions = dict(_questions())
-    columns = [np.concatenate(parts) for parts in zip(*questions.values(), strict=True)]
-    designs = costmodel.optimal_draft_size(*columns)
+    sizes, target_tokens, draft_tokens = (
+        np.concatenate(parts) for parts in zip(*questions.values(), strict=True)
+    )
+    designs = costmodel.optimal_draft_size(sizes, target_tokens, draft_tokens)
     out, start = {}, 0
     for key, question in questions.items():
         rows = slice(start, start + len(question[0]))
         design = costmodel.DraftDesign(*(field[rows] for field in designs))
-        out[key] = Optima(*question, design)
+        out[key] = Optima(*question, design=design)
         start = rows.stop
     return out
 

@@ -38,7 +38,7 @@ class Asked(NamedTuple):
     max_first_token_seconds: float | None
     max_token_seconds: float | None
     served_tokens: float | None
-    draft_formats: Any
+    draft_formats: dict[str, Any]
     laws: Any
 
 
@@ -64,12 +64,15 @@ def run(asked: Asked, console: rich.console.Console, plot: str | None) -> dict[s
         time_to_first_token_seconds=asked.max_first_token_seconds or math.inf,
         seconds_per_token=asked.max_token_seconds or math.inf,
     )
-    template = costmodel.draft_template(
-        asked.target_model.shape,
-        tokens=asked.draft_tokens or 1e12,
-        gamma=4 if asked.gamma is None else asked.gamma,
-        formats=asked.draft_formats,
-    )
+    templates = [
+        costmodel.draft_template(
+            asked.target_model.shape,
+            tokens=asked.draft_tokens or 1e12,
+            gamma=4 if asked.gamma is None else asked.gamma,
+            formats=formats,
+        )
+        for formats in asked.draft_formats.values()
+    ]
     errors = rich.console.Console(stderr=True)
     steps = rich.progress.Progress(
         rich.progress.SpinnerColumn(),
@@ -85,7 +88,7 @@ def run(asked: Asked, console: rich.console.Console, plot: str | None) -> dict[s
         result = costmodel.search(
             asked.target_model,
             choices,
-            template,
+            templates,
             asked.free,
             workload=workload,
             laws=asked.laws,
@@ -130,7 +133,7 @@ def _show(asked: Asked, told: dict[str, Any], console: rich.console.Console) -> 
     console.print(_sensitivities(told["elasticities"]))
     console.print(_regions(told["regions"]))
     if len(result.solutions) > 1:
-        console.print(_choices(result))
+        console.print(_choices(asked, result))
     notes = []
     if result.infeasible:
         # Of placements that differ only in the draft's chips and fail alike, one line is enough.
@@ -179,7 +182,7 @@ def _recommendation(asked: Asked, told: dict[str, Any]) -> rich.table.Table:
     table.add_row("training", f"{format_quantity(float(best.design.tokens))} tokens, {flops}")
     table.add_row("draft tokens a round", f"{best.design.gamma:g}")
     table.add_row("batch, context", f"{best.workload.batch:g}, {asked.context}")
-    table.add_row("placement", placement(best.hardware))
+    table.add_row("placement", _choice(asked, best))
     speedup = f"{float(estimate.speedup):.2f}x"
     if told["interval"]:
         interval = told["interval"]
@@ -287,7 +290,17 @@ def _regions(regions: list[Any]) -> rich.table.Table:
     return table
 
 
-def _choices(result: Any) -> rich.table.Table:
+def _choice(asked: Asked, solution: Any) -> str:
+    """The placement, and the format of the draft's weights where there was a choice."""
+    where = placement(solution.hardware)
+    if len(asked.draft_formats) == 1:
+        return where
+    held = solution.design.formats.weight_bytes
+    names = [name for name, one in asked.draft_formats.items() if one.weight_bytes == held]
+    return f"{where}, draft in {names[0]}"
+
+
+def _choices(asked: Asked, result: Any) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="The best placements", show_edge=False)
     table.title_justify = "left"
     table.add_column("")
@@ -297,7 +310,7 @@ def _choices(result: Any) -> rich.table.Table:
         shape = solution.design.shape
         drafted = "plain" if solution.plain else f"{shape.n_layers} x {shape.d_model}"
         table.add_row(
-            placement(solution.hardware),
+            _choice(asked, solution),
             f"{solution.objective:.4g}",
             f"{float(solution.estimate.speedup):.2f}x",
             drafted,
@@ -327,6 +340,7 @@ def _as_json(asked: Asked, told: dict[str, Any]) -> dict[str, Any]:
         "target_tensor_parallel": int(best.hardware.target.tensor_parallel),
         "draft_tensor_parallel": int(best.hardware.draft.tensor_parallel),
         "draft_apart": bool(best.hardware.draft_apart),
+        "draft_weight_bytes": float(best.design.formats.weight_bytes),
         "objective": asked.objective,
         "objective_value": best.objective,
         "rounding_loss": best.rounding_loss,

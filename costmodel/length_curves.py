@@ -84,7 +84,7 @@ class MeasuredCurve(NamedTuple):
         At a measured length the slope is the mean of those on both sides.
         """
         zero = np.zeros(1, np.float32)
-        knots, lengths, gamma = _as_one_dtype(self.gammas, self.lengths, gamma)
+        knots, lengths, gamma = as_one_dtype(self.gammas, self.lengths, gamma)
         knots = jnp.concatenate([zero.astype(knots.dtype), knots])
         lengths = jnp.concatenate([zero.astype(lengths.dtype), lengths])
         return _joined(gamma, knots, jnp.diff(lengths))
@@ -123,7 +123,7 @@ class PositionCurve(NamedTuple):
         Between whole lengths it is linear, as varying the length between rounds would be; at a
         whole length the slope is the mean of those on both sides.
         """
-        shares, gamma = _as_one_dtype(self.by_position, gamma)
+        shares, gamma = as_one_dtype(self.by_position, gamma)
         return _joined(gamma, jnp.arange(shares.shape[0] + 1).astype(shares.dtype), shares)
 
     def check(self) -> None:
@@ -141,7 +141,7 @@ def accepted_length(curve: AnyLengthCurve, gamma: ArrayLike) -> Array:
     """Returns the mean number of draft tokens that a round accepts, l(gamma).
 
     Exactly 0 at `gamma=0`; the token that the target adds is not counted, so that a round commits
-    `1 + accepted_length`. Every curve is continuous and bends down.
+    `1 + accepted_length`. Continuous; power, geometric and position curves rise and bend down.
 
         power      c gamma^g
         geometric  (alpha - alpha^(gamma + 1)) / (1 - alpha)
@@ -245,7 +245,7 @@ def fit_length_curve(
       >>> from jaxsd import costmodel
       >>> fit = costmodel.fit_length_curve([1, 2, 4, 8], [0.8, 1.25, 1.9, 2.7])
       >>> print(f"{fit.result.coefficient:.2f} gamma^{fit.result.exponent:.2f}")
-      0.82 gamma^0.58
+      0.84 gamma^0.56
 
     Source: Su et al., arXiv 2310.18813.
     """
@@ -308,7 +308,7 @@ def _joined(gamma: Array, knots: Array, increments: Array) -> Array:
     return inside + beyond
 
 
-def _as_one_dtype(*values: Any) -> list[Array]:
+def as_one_dtype(*values: Any) -> list[Array]:
     """Arrays of one floating dtype, as `as_floats`, but each of its own shape."""
     kinds = (Array, np.ndarray, np.generic)
     (common, *_) = as_floats(*(x.ravel()[:1] if isinstance(x, kinds) else 0.0 for x in values))
