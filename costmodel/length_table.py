@@ -12,8 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ._inputs import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, as_floats, is_traced, require
-from .length_curves import AnyLengthCurve, acceptance_by_position, as_one_dtype
 from .batching import optimal_integer_gamma_for_batch
+from .length_curves import AnyLengthCurve, acceptance_by_position, as_one_dtype
 from .round_times import AnyRoundTimes
 
 

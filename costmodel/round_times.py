@@ -12,8 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ._inputs import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, as_floats, is_traced, require
-from .length_curves import as_one_dtype
 from .hardware import Chip, Stack, check_chip, check_stack, pass_seconds, smooth_maximum
+from .length_curves import as_one_dtype
 from .shapes import BFLOAT16, Formats, Shape
 
 

@@ -85,13 +85,14 @@ def gamma_trace(
       ValueError: an argument is outside its range, NaN or of the wrong shape.
 
     Example:
+      >>> import numpy as np
       >>> from jaxsd import costmodel
       >>> trace = costmodel.gamma_trace(0, 10_000, interval_seconds=0.5, cv=2.0)
       >>> intervals = np.diff(trace.arrival_seconds)
       >>> bool(abs(intervals.mean() - 0.5) < 0.05), bool(abs(intervals.std() - 1.0) < 0.1)
       (True, True)
 
-    Source: Su et al., arXiv 2310.18813, section 5.
+    Source: Su et al., arXiv 2310.18813 (the server, its traffic and its policies).
     """
     require("num_requests", num_requests, (lambda x: x >= 1, "at least 1"))
     require("interval_seconds", interval_seconds, POSITIVE)
@@ -161,11 +162,11 @@ def simulate_serving(
       >>> for policy in (0, 4, table):
       ...     served = costmodel.simulate_serving(trace, curve, times, policy)
       ...     print(round(costmodel.latency_statistics(served).mean_seconds, 2))
-      2.26
-      0.85
-      0.8
+      1.96
+      0.74
+      0.7
 
-    Source: Su et al., arXiv 2310.18813, section 5.
+    Source: Su et al., arXiv 2310.18813 (the server, its traffic and its policies).
     """
     trace = _checked(trace)
     require("max_batch", max_batch, (lambda x: (x >= 1) & (x == np.round(x)), "at least 1"))
@@ -180,3 +181,257 @@ def simulate_serving(
     luck = _draw(trace, curve, gammas, is_random, seed, keep=batching == "continuous")
     serve = _serve_continuously if batching == "continuous" else _serve_batches
     return serve(trace, luck, gammas.tolist(), seconds.tolist(), prefill.tolist())
+
+
+def latency_statistics(
+    served: Served, percentiles: Sequence[float] = (50.0, 90.0, 95.0, 99.0)
+) -> LatencyStatistics:
+    """Returns what is reported of a served trace.
+
+    Args:
+      served: the result of `simulate_serving`.
+      percentiles: which, in [0, 100].
+
+    Returns:
+      Means, percentiles and rates over all of the trace.
+
+    Raises:
+      ValueError: a percentile is outside its range or NaN.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxsd import costmodel
+      >>> trace = costmodel.Trace(np.array([0.0, 0.1]), np.array([10, 10]))
+      >>> times = costmodel.LinearTimes([1], [0.1], [0.0], [0.0])
+      >>> served = costmodel.simulate_serving(trace, costmodel.GeometricCurve(0.5), times, 0)
+      >>> statistics = costmodel.latency_statistics(served)  # one after the other, 1 s each
+      >>> round(statistics.mean_seconds, 2), round(statistics.mean_queue_seconds, 2)
+      (1.45, 0.45)
+    """
+    in_range = (lambda x: (x >= 0) & (x <= 100), "in [0, 100]")
+    require("percentiles", list(percentiles), in_range)
+    arrived, tokens = served.trace
+    latency = served.finish_seconds - arrived
+    span = float(served.finish_seconds.max() - arrived[0])
+    return LatencyStatistics(
+        mean_seconds=float(latency.mean()),
+        mean_queue_seconds=float((served.start_seconds - arrived).mean()),
+        percentiles_seconds=np.percentile(latency, percentiles),
+        tokens_per_second=float(tokens.sum() / span),
+        requests_per_second=len(tokens) / span,
+        utilisation=served.busy_seconds / span,
+        mean_batch=served.sequence_rounds / served.num_rounds,
+    )
+
+
+class _Luck(NamedTuple):
+    """How fast every request gets on, drawn beforehand."""
+
+    rounds: dict[int, list[int]]  # draft length -> [n] rounds, if it stays the same throughout
+    mean_tokens: dict[int, float]  # draft length -> mean tokens per round
+    # [n * width + width] draft tokens accepted of the longest draft, by request and round; one more
+    # width so that a window never leaves it. Empty where nothing is drawn, or not needed again.
+    accepted: np.ndarray
+    width: int  # rounds that a request can take at most
+
+
+def _draw(
+    trace: Trace, curve: AnyLengthCurve, gammas: np.ndarray, is_random: bool, seed: int, keep: bool
+) -> _Luck:
+    """Draws every round of every request, and counts the rounds that each policy's lengths take."""
+    tokens = trace.num_tokens
+    lengths = np.unique(gammas)
+    with float64_on_host():
+        means = 1 + np.asarray(accepted_length(curve, lengths), np.float64)
+        shares = np.zeros(0, np.float32)
+        if lengths[-1] > 0:
+            shares = np.asarray(acceptance_by_position(curve, int(lengths[-1])), np.float32)
+    mean_tokens = dict(zip(lengths.tolist(), means.tolist(), strict=True))
+    count, width = len(tokens), int(tokens.max())
+    if not is_random:
+        # A hair less, so that a whole quotient stays one.
+        rounds = {g: np.ceil(tokens / m * (1 - 1e-12)).astype(int) for g, m in mean_tokens.items()}
+        kept = np.zeros(0, np.uint8)
+        return _Luck({g: r.tolist() for g, r in rounds.items()}, mean_tokens, kept, width)
+
+    rng = np.random.default_rng(seed)
+    kept = np.zeros((count + 1) * width if keep else 0, np.uint8)
+    found: dict[int, list[int]] = {int(gamma): [] for gamma in lengths}
+    rows = max(_DRAWS // width, 1)
+    for start in range(0, count, rows):
+        wanted = tokens[start : start + rows]
+        draws = rng.random((len(wanted), width), np.float32)
+        # At least i tokens are accepted where the draw is below share i, and shares fall.
+        accepted = np.zeros(draws.shape, np.uint8)
+        for share in shares:
+            accepted += draws < share
+        if keep:
+            kept[start * width : (start + len(wanted)) * width] = accepted.ravel()
+        for gamma, rounds in found.items():
+            so_far = np.cumsum(1 + np.minimum(accepted, gamma), axis=1, dtype=np.int32)
+            rounds += ((so_far < wanted[:, None]).sum(1) + 1).tolist()
+    return _Luck(found, mean_tokens, kept, width)
+
+
+def _serve_batches(
+    trace: Trace, luck: _Luck, gammas: list[int], seconds: list[float], prefill: list[float]
+) -> Served:
+    """Run to completion: drain the queue, decode until the slowest is done, answer, repeat."""
+    arrivals, count, max_batch = trace.arrival_seconds.tolist(), len(trace[0]), len(gammas)
+    starts, finishes = np.zeros(count), np.zeros(count)
+    now, busy, num_rounds, sequence_rounds, first = 0.0, 0.0, 0, 0, 0
+    while first < count:
+        now = max(now, arrivals[first])
+        end = bisect_right(arrivals, now, first, min(first + max_batch, count))
+        size = end - first
+        rounds = max(luck.rounds[gammas[size - 1]][first:end])
+        spent = prefill[size - 1] + rounds * seconds[size - 1]
+        starts[first:end] = now
+        now += spent
+        finishes[first:end] = now
+        busy += spent
+        num_rounds += rounds
+        sequence_rounds += rounds * size
+        first = end
+    return Served(trace, starts, finishes, busy, num_rounds, sequence_rounds)
+
+
+def _serve_continuously(
+    trace: Trace, luck: _Luck, gammas: list[int], seconds: list[float], prefill: list[float]
+) -> Served:
+    """Requests join and leave between rounds; from one such change to the next is one step."""
+    arrivals, tokens = trace.arrival_seconds.tolist(), trace.num_tokens
+    count, max_batch = len(arrivals), len(gammas)
+    starts, finishes = np.zeros(count), np.zeros(count)
+    now, busy, num_rounds, sequence_rounds, first = 0.0, 0.0, 0, 0, 0
+    # Of every sequence in the batch: its request, the round of the server after which it is done
+    # if the draft length stays, and since it last changed (or the sequence joined): the server's
+    # round, the rounds it had made before and the tokens it had left.
+    ids: list[int] = []
+    done_at: list[int] = []
+    since: list[int] = []
+    made: list[int] = []
+    left: list[float] = []
+    gamma = gammas[0]
+    while first < count or ids:
+        if not ids:
+            now = max(now, arrivals[first])
+        end = bisect_right(arrivals, now, first, min(first + max_batch - len(ids), count))
+        if end > first:
+            joined = range(first, end)
+            starts[first:end] = now
+            now += prefill[end - first - 1]
+            busy += prefill[end - first - 1]
+            ids += joined
+            done_at += [num_rounds + luck.rounds[gamma][i] for i in joined]
+            since += [num_rounds] * len(joined)
+            made += [0] * len(joined)
+            left += tokens[first:end].tolist()
+            first = end
+        size = len(ids)
+        if gammas[size - 1] != gamma:
+            passed = [num_rounds - start for start in since]
+            consumed = _committed(luck, ids, made, passed, gamma)
+            made = [a + b for a, b in zip(made, passed, strict=True)]
+            left = [a - b for a, b in zip(left, consumed, strict=True)]
+            since = [num_rounds] * size
+            gamma = gammas[size - 1]
+            more = _rounds_left(luck, ids, made, left, gamma)
+            done_at = [num_rounds + rounds for rounds in more]
+        step = min(done_at) - num_rounds
+        if first < count and size < max_batch:
+            until_next = math.ceil((arrivals[first] - now) / seconds[size - 1])
+            step = min(step, max(until_next, 1))
+        now += step * seconds[size - 1]
+        busy += step * seconds[size - 1]
+        num_rounds += step
+        sequence_rounds += step * size
+        if num_rounds in done_at:
+            stay = [i for i, at in enumerate(done_at) if at > num_rounds]
+            for i, at in enumerate(done_at):
+                if at == num_rounds:
+                    finishes[ids[i]] = now
+            ids, done_at, since, made, left = (
+                [column[i] for i in stay] for column in (ids, done_at, since, made, left)
+            )
+    return Served(trace, starts, finishes, busy, num_rounds, sequence_rounds)
+
+
+def _committed(
+    luck: _Luck, ids: list[int], made: list[int], passed: list[int], gamma: int
+) -> list[float]:
+    """Tokens that each request committed in the rounds that passed, after those it had made."""
+    if not luck.accepted.size:
+        return [rounds * luck.mean_tokens[gamma] for rounds in passed]
+    so_far = _running_tokens(luck, ids, made, max(passed), gamma)
+    return [
+        int(row[rounds - 1]) if rounds else 0 for row, rounds in zip(so_far, passed, strict=True)
+    ]
+
+
+def _rounds_left(
+    luck: _Luck, ids: list[int], made: list[int], left: list[float], gamma: int
+) -> list[int]:
+    """Rounds until each request has the tokens that it has left."""
+    if not luck.accepted.size:
+        return [math.ceil(tokens / luck.mean_tokens[gamma] * (1 - 1e-12)) for tokens in left]
+    so_far = _running_tokens(luck, ids, made, int(max(left)), gamma)
+    return ((so_far < np.array(left)[:, None]).sum(1) + 1).tolist()
+
+
+def _running_tokens(
+    luck: _Luck, ids: list[int], made: list[int], num_rounds: int, gamma: int
+) -> np.ndarray:
+    """`[b, num_rounds]` tokens committed after each of the rounds to come."""
+    starts = np.array(ids) * luck.width + np.array(made)
+    accepted = luck.accepted[starts[:, None] + np.arange(num_rounds)]
+    return np.cumsum(1 + np.minimum(accepted, gamma), axis=1, dtype=np.int64)
+
+
+def _policy(policy: ArrayLike | LengthTable, sizes: np.ndarray) -> np.ndarray:
+    """`[max_batch]` draft lengths of every batch size."""
+    if isinstance(policy, LengthTable):
+        return np.asarray(lookup_length(policy, sizes), np.int64)
+    is_length = (
+        lambda x: (x >= 0) & (x <= _MAX_GAMMA) & (x == np.round(x)),
+        f"whole numbers from 0 to {_MAX_GAMMA}",
+    )
+    require("policy", policy, is_length)
+    return _per_size("policy", policy, len(sizes)).astype(np.int64)
+
+
+def _per_size(name: str, value: ArrayLike, max_batch: int) -> np.ndarray:
+    """A number for every batch size."""
+    if np.shape(value) not in ((), (max_batch,)):
+        raise ValueError(
+            f"{name} of shape {np.shape(value)} must be a scalar or have shape [max_batch], "
+            f"[{max_batch}]"
+        )
+    return np.broadcast_to(np.asarray(value, np.float64), (max_batch,))
+
+
+def _per_request(name: str, value: ArrayLike, num_requests: int) -> np.ndarray:
+    """A number for every request."""
+    if np.shape(value) not in ((), (num_requests,)):
+        raise ValueError(
+            f"{name} of shape {np.shape(value)} must be a scalar or have shape [num_requests], "
+            f"[{num_requests}]"
+        )
+    return np.broadcast_to(np.asarray(value, np.float64), (num_requests,))
+
+
+def _checked(trace: Trace) -> Trace:
+    """The trace as arrays of the host, or a ValueError."""
+    if is_traced(trace):
+        raise ValueError("a trace must be numbers: the simulation looks at them, so not inside jit")
+    arrivals, tokens = np.asarray(trace[0], np.float64), np.asarray(trace[1], np.float64)
+    if arrivals.ndim != 1 or arrivals.shape != tokens.shape or not len(arrivals):
+        raise ValueError(
+            f"arrival_seconds of shape {arrivals.shape} and num_tokens of shape {tokens.shape} "
+            "must both have shape [n]"
+        )
+    require("arrival_seconds", arrivals, NON_NEGATIVE)
+    require("the time between arrival_seconds", np.diff(arrivals), NON_NEGATIVE)
+    is_count = (lambda x: (x >= 1) & (x == np.round(x)), "a whole number, at least 1")
+    require("num_tokens", tokens, is_count)
+    return Trace(arrivals, tokens.astype(np.int64))

@@ -5,12 +5,16 @@ import pathlib
 from typing import Any, Literal
 
 import rich.console
+import tyro
 
 from . import reproduction
 
+Paper = Literal["sdsl", "theory", "batching"]
+PAPERS: tuple[Paper, ...] = ("sdsl", "theory", "batching")
+
 
 def reproduce(
-    paper: tuple[Literal["sdsl", "theory", "batching"], ...] = ("sdsl", "theory", "batching"),
+    paper: tyro.conf.Positional[tuple[Paper, ...]] = PAPERS,
     out: str | None = None,
 ) -> dict[str, Any]:
     """Computes the tables and figures of three papers again and compares.
@@ -26,7 +30,7 @@ def reproduce(
       Every figure with its source and whether it agrees; JSON values.
     """
     results = {}
-    for name in paper or ("sdsl", "theory", "batching"):
+    for name in paper or PAPERS:
         module = importlib.import_module(f"jaxsd.cli.reproduce_{name}")
         result = module.build()
         reproduction.show(result)
