@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from examples import A100, COMPILED, H100, IDEAL, LLAMA_1B, LLAMA_8B, LLAMA_70B, MIXTRAL
+from gradients import assert_gradient_is_a_difference
 from hypothesis import given
 
 from jaxsd import costmodel
@@ -141,6 +142,30 @@ def test_gradients_match_finite_differences(x64):
         expected = (ends[0] - ends[1]) / (2 * step) * scale
         got = float(gradient[i]) * scale
         assert got == pytest.approx(expected, rel=1e-5, abs=1e-12), (names, paths[i])
+
+
+@pytest.mark.parametrize(
+    ("function", "point"),
+    [
+        (lambda x: costmodel.smooth_maximum(x[0], x[1], x[2]), [1e-3, 1.3e-3, 5.0]),
+        (
+            lambda x: costmodel.all_reduce_seconds(
+                x[0], x[1], H100._replace(link_bytes_per_second=x[2]), x[3]
+            ),
+            [1e6, 6.0, 4e11, 1e-6],
+        ),
+        (
+            lambda x: costmodel.critical_rows(
+                H100._replace(flops_per_second=x[0], bytes_per_second=x[1]),
+                STACK._replace(compute_efficiency=x[2], memory_efficiency=x[3]),
+                costmodel.Formats(x[4]),
+            ),
+            [9e14, 3e12, 0.6, 0.8, 1.5],
+        ),
+    ],
+)
+def test_gradients_of_the_parts_match_finite_differences(function, point, x64):
+    assert_gradient_is_a_difference(function, point, rel=1e-5)
 
 
 @jax.jit

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import enable_x64
+from gradients import assert_gradient_is_a_difference
 
 from jaxsd import costmodel
 
@@ -231,6 +232,55 @@ def test_calibrated_acceptance_meets_a_pair_and_keeps_its_slope(law, x64):
     assert float(new_slope) == pytest.approx(float(slope), rel=0.15)
     with pytest.raises(ValueError, match="MeasuredAcceptance, which has no intercept"):
         costmodel.calibrate_acceptance(costmodel.MeasuredAcceptance(0.5), 20.0, 10.0, 0.7)
+
+
+def kaplan_loss(x):
+    return costmodel.loss(costmodel.KaplanLossLaw(*x[:4]), x[4], x[5])
+
+
+def shape_loss(x):
+    law = costmodel.ShapeLossLaw(costmodel.BESIROGLU, x[0], x[1], x[2])
+    return costmodel.loss(law, x[3], x[4], x[5])
+
+
+def scaled_perplexity(x):
+    scale = costmodel.PerplexityScale(x[0], x[1])
+    return costmodel.perplexity(costmodel.BESIROGLU, x[2], x[3], scale=scale)
+
+
+def log_acceptance(x):
+    return costmodel.acceptance(costmodel.LogAcceptanceLaw(x[0], x[1]), x[2], 9.0)
+
+
+def power_acceptance(x):
+    return costmodel.acceptance(costmodel.PowerAcceptanceLaw(x[0], x[1]), x[2], 9.0)
+
+
+def calibrated_acceptance(x):
+    law = costmodel.calibrate_acceptance(costmodel.SDSL_ACCEPTANCE, x[0], x[1], x[2])
+    return costmodel.acceptance(law, 15.0, 8.0)
+
+
+def calibrated_scale(x):
+    sizes = np.array([1e8, 1e9, 1e10])
+    scale = costmodel.calibrate_perplexity(costmodel.BESIROGLU, sizes, 1e12, x)
+    return scale.offset + 2 * scale.slope
+
+
+@pytest.mark.parametrize(
+    ("function", "point"),
+    [
+        (kaplan_loss, [6.4e13, 0.076, 1.8e13, 0.103, 1e9, 1e11]),
+        (shape_loss, [2e-5, 1.25, 64.0, 1e9, 1e12, 100.0]),
+        (scaled_perplexity, [0.3, 1.1, 1e9, 1e12]),
+        (log_acceptance, [-0.15, 1.1, 17.0]),
+        (power_acceptance, [1.3, -0.24, 17.0]),
+        (calibrated_acceptance, [20.0, 10.0, 0.7]),
+        (calibrated_scale, [20.0, 12.0, 9.0]),
+    ],
+)
+def test_gradients_of_every_law_match_finite_differences(function, point, x64):
+    assert_gradient_is_a_difference(function, point)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 
 from . import sdsl_figures, sdsl_losses, sdsl_measurements, sdsl_results
 from .reproduction import Comparison, Reproduction, Table
-from .sdsl_results import DRAFT_TOKENS, LADDER, TABLE_5, TARGETS, Optima, Results
+from .sdsl_results import DRAFT_TOKENS, LADDER, TABLE_5, TARGETS, Results
 
 PAPER = "Speculative Decoding Scaling Laws (SDSL), arXiv 2603.11053v1"
 
@@ -146,22 +146,8 @@ def _first_order_condition(results: Results) -> Table:
     )
 
 
-def _regressions(found: Optima) -> tuple[Any, Any]:
-    """Equations 10 and 11 of the paper, least squares with robust errors."""
-    from jaxsd import costmodel
-
-    m, n = found.target_parameters, found.design.parameters
-    ratio = costmodel.fit_linear(
-        {"M0": 1 / m, "g": np.log(found.draft_tokens), "g'": np.log(found.target_tokens)},
-        n / m,
-        intercept="mu",
-        robust=True,
-    )
-    return ratio, costmodel.fit_linear({"mu": m}, n, intercept="M0", robust=True)
-
-
 def _tables_8_and_9(results: Results) -> Table:
-    ratio, size = _regressions(results.grid)
+    ratio, size = results.regressions
     rows = []
     for fit, table, tolerance, printed in (
         (size, "Table 9", 2e-3, {"mu": (2.71e-3, 4.38e-5), "M0": (8.71e7, 2.18e6)}),
@@ -199,7 +185,7 @@ def _tables_8_and_9(results: Results) -> Table:
 
 
 def _printed_grid(results: Results) -> Table:
-    ratio, size = _regressions(results.printed_grid)
+    ratio, size = results.printed_regressions
     power = sdsl_results.power_law(results.printed_grid)
     return Table(
         "The same over the training tokens that table 7 prints, 1e12..1e13",
@@ -217,7 +203,7 @@ def _printed_grid(results: Results) -> Table:
 
 def _rule_of_200(results: Results) -> Table:
     found = results.grid
-    ratio, size = _regressions(found)
+    ratio, size = results.regressions
     times_smaller = found.target_parameters / found.design.parameters
     power = sdsl_results.power_law(found)
     missed = np.expm1(np.abs(power.predicted - np.log(found.design.parameters)))
@@ -255,7 +241,7 @@ def _ladder(results: Results) -> Table:
 
 
 def _errata(results: Results) -> list[str]:
-    _, size = _regressions(results.grid)
+    _, size = results.regressions
     ratio = 1 / size.result["mu"]
     swapped = {"Qwen2.5-32B": 9.549574852, "Qwen2.5-72B": 10.11350441}
     other = _plane(

@@ -76,7 +76,9 @@ class Results(NamedTuple):
     by_target: Any  # costmodel.Fit with an intercept per target
     table_5: dict[tuple[str, str], Optima]  # (target, draft family) -> one of each
     grid: Optima
+    regressions: tuple[Any, Any]  # costmodel.Fit of equations 10 and 11
     printed_grid: Optima
+    printed_regressions: tuple[Any, Any]
     ladder: Optima
     lines: dict[str, Optima]  # of figure 5, by what varies along them
     latencies: list[sdsl_measurements.Latency]
@@ -131,7 +133,9 @@ def compute() -> Results:
         by_target=by_target,
         table_5={key: found[key] for key in keys},
         grid=found["grid"],
+        regressions=_regressions(found["grid"]),
         printed_grid=found["printed grid"],
+        printed_regressions=_regressions(found["printed grid"]),
         ladder=found["ladder"],
         lines={axis: found[axis] for axis in ("M", "D", "D'")},
         latencies=latencies,
@@ -172,7 +176,7 @@ def _questions() -> Iterator[tuple[Any, list[np.ndarray]]]:
     yield "printed grid", _product(GRID_TARGETS, PRINTED_GRID_TOKENS, PRINTED_GRID_TOKENS)
     yield "ladder", _product(LADDER, np.array([1e13]), np.array([1e13]))
     few_tokens, few_targets = np.array([1e12, 1e13, 1e14]), np.array([13e9, 34e9, 70e9, 110e9])
-    many = np.geomspace(1e11, 1e14, 25)
+    many = np.geomspace(1e11, 1e14, 13)
     yield "M", _product(np.geomspace(7e9, 110e9, 25), np.array([1e13]), few_tokens)
     yield "D", _product(few_targets, np.array([1e13]), many)
     yield "D'", _product(few_targets, many, np.array([1e13]))
@@ -189,3 +193,17 @@ def power_law(found: Optima) -> Any:
     return costmodel.fit_linear(
         {"ln M": np.log(found.target_parameters)}, np.log(found.design.parameters)
     )
+
+
+def _regressions(found: Optima) -> tuple[Any, Any]:
+    """Equations 10 and 11 of the paper, least squares with robust errors."""
+    from jaxsd import costmodel
+
+    m, n = found.target_parameters, found.design.parameters
+    ratio = costmodel.fit_linear(
+        {"M0": 1 / m, "g": np.log(found.draft_tokens), "g'": np.log(found.target_tokens)},
+        n / m,
+        intercept="mu",
+        robust=True,
+    )
+    return ratio, costmodel.fit_linear({"mu": m}, n, intercept="M0", robust=True)
