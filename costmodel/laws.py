@@ -316,7 +316,7 @@ BESIROGLU = LossLaw(1.8172, 482.01, 0.3478, 2085.43, 0.3658, fitted=CHINCHILLA_R
 HOFFMANN = LossLaw(1.69, 406.4, 0.34, 410.7, 0.28, fitted=CHINCHILLA_RANGE)
 # Kaplan et al., arXiv 2001.08361, table 2 and eq. 1.5.
 KAPLAN = KaplanLossLaw(6.4e13, 0.076, 1.8e13, 0.103, fitted=LossRange(768, 1.5e9, 22e6, 23e9))
-# The models of Bian et al. (Morph): 36 of them, at one to three token counts each.
+# The models of Bian et al. (Morph): 35 of them, at one to three token counts each.
 MORPH_RANGE = LossRange(77e6, 1.7e9, 1.6e9, 5e10, 17.0, 384.0, 3.0)
 # Bian et al. (Morph), arXiv 2501.18107. The paper prints no constants; these come from its public
 # losses by `fit_loss`, and a test refits them.

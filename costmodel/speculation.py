@@ -116,7 +116,7 @@ def simulate_tokens(key: Array, acceptance_by_position: ArrayLike, num_rounds: i
     Args:
       key: a JAX random key.
       acceptance_by_position: `[gamma]` share of rounds in which at least 1, 2, ..., gamma drafted
-        tokens are accepted, in [0, 1], falling; `alpha ** jnp.arange(1.0, gamma + 1)` for one alpha.
+        tokens are accepted, in [0, 1], falling; for one alpha its powers from the first on.
       num_rounds: how many, a Python integer (it is a shape).
 
     Returns:
