@@ -330,7 +330,8 @@ def _slopes(
     one = jnp.ones_like(gamma)
     tokens, more_tokens = jax.jvp(curve.accepted, (gamma,), (one,))
     seconds, more_seconds = jax.jvp(partial(checked_round_seconds, times, batch), (gamma,), (one,))
-    return tuple(as_floats(more_tokens / (1 + tokens), more_seconds / seconds))
+    gain, cost = as_floats(more_tokens / (1 + tokens), more_seconds / seconds)
+    return gain, cost
 
 
 @jax.jit
@@ -379,7 +380,7 @@ def _slowest_rounds(shares: Array, batch: Array, tokens: Array) -> Array:
             exactly[k] * padded[num_drafted - k : num_drafted - k + num_tokens]
             for k in range(num_drafted + 1)
         ]
-        return sum(moved), so_far.sum()
+        return jnp.stack(moved).sum(0), so_far.sum()
 
     start = jnp.zeros(num_tokens, shares.dtype).at[0].set(1)
     _, open_ = jax.lax.scan(play, start, None, length=num_tokens)  # 1 - P_n for n = 0, 1, ...

@@ -33,7 +33,7 @@ class SlopeRatios(NamedTuple):
 
 
 # What the serving script of Su et al., arXiv 2310.18813, looks up (its public code, not the paper).
-SU_TABLE = LengthTable((1, 2, 4, 8, 16, 32), (7, 6, 4, 4, 3, 1), 1)
+SU_TABLE = LengthTable(np.array([1, 2, 4, 8, 16, 32]), np.array([7, 6, 4, 4, 3, 1]), 1)
 
 
 def build_length_table(

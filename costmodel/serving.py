@@ -5,6 +5,7 @@ NumPy: what happens next depends on the clock. The same trace and seed give ever
 requests and the same luck, so that policies are compared on nothing but what they decide.
 """
 
+import dataclasses
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -296,49 +297,46 @@ def _serve_batches(
     return Served(trace, starts, finishes, busy, num_rounds, sequence_rounds)
 
 
+@dataclasses.dataclass
+class _Sequence:
+    """One sequence of the batch."""
+
+    request: int
+    done_at: int  # the server's round after which it is done, if the draft length stays
+    # As of when the draft length last changed, or the sequence joined:
+    since: int  # the server's round
+    made: int  # rounds it had made
+    left: float  # tokens it had left
+
+
 def _serve_continuously(
     trace: Trace, luck: _Luck, gammas: list[int], seconds: list[float], prefill: list[float]
 ) -> Served:
     """Requests join and leave between rounds; from one such change to the next is one step."""
-    arrivals, tokens = trace.arrival_seconds.tolist(), trace.num_tokens
+    arrivals: list[float] = trace.arrival_seconds.tolist()
+    tokens: list[int] = trace.num_tokens.tolist()
     count, max_batch = len(arrivals), len(gammas)
     starts, finishes = np.zeros(count), np.zeros(count)
     now, busy, num_rounds, sequence_rounds, first = 0.0, 0.0, 0, 0, 0
-    # Of every sequence in the batch: its request, the round of the server after which it is done
-    # if the draft length stays, and since it last changed (or the sequence joined): the server's
-    # round, the rounds it had made before and the tokens it had left.
-    ids: list[int] = []
-    done_at: list[int] = []
-    since: list[int] = []
-    made: list[int] = []
-    left: list[float] = []
+    batch: list[_Sequence] = []
     gamma = gammas[0]
-    while first < count or ids:
-        if not ids:
+    while first < count or batch:
+        if not batch:
             now = max(now, arrivals[first])
-        end = bisect_right(arrivals, now, first, min(first + max_batch - len(ids), count))
+        end = bisect_right(arrivals, now, first, min(first + max_batch - len(batch), count))
         if end > first:
-            joined = range(first, end)
             starts[first:end] = now
             now += prefill[end - first - 1]
             busy += prefill[end - first - 1]
-            ids += joined
-            done_at += [num_rounds + luck.rounds[gamma][i] for i in joined]
-            since += [num_rounds] * len(joined)
-            made += [0] * len(joined)
-            left += tokens[first:end].tolist()
+            for i in range(first, end):
+                done_at = num_rounds + luck.rounds[gamma][i]
+                batch.append(_Sequence(i, done_at, num_rounds, 0, tokens[i]))
             first = end
-        size = len(ids)
+        size = len(batch)
         if gammas[size - 1] != gamma:
-            passed = [num_rounds - start for start in since]
-            consumed = _committed(luck, ids, made, passed, gamma)
-            made = [a + b for a, b in zip(made, passed, strict=True)]
-            left = [a - b for a, b in zip(left, consumed, strict=True)]
-            since = [num_rounds] * size
+            _change_length(luck, batch, num_rounds, gamma, gammas[size - 1])
             gamma = gammas[size - 1]
-            more = _rounds_left(luck, ids, made, left, gamma)
-            done_at = [num_rounds + rounds for rounds in more]
-        step = min(done_at) - num_rounds
+        step = min(sequence.done_at for sequence in batch) - num_rounds
         if first < count and size < max_batch:
             until_next = math.ceil((arrivals[first] - now) / seconds[size - 1])
             step = min(step, max(until_next, 1))
@@ -346,44 +344,49 @@ def _serve_continuously(
         busy += step * seconds[size - 1]
         num_rounds += step
         sequence_rounds += step * size
-        if num_rounds in done_at:
-            stay = [i for i, at in enumerate(done_at) if at > num_rounds]
-            for i, at in enumerate(done_at):
-                if at == num_rounds:
-                    finishes[ids[i]] = now
-            ids, done_at, since, made, left = (
-                [column[i] for i in stay] for column in (ids, done_at, since, made, left)
-            )
+        for sequence in batch:
+            if sequence.done_at == num_rounds:
+                finishes[sequence.request] = now
+        batch = [sequence for sequence in batch if sequence.done_at > num_rounds]
     return Served(trace, starts, finishes, busy, num_rounds, sequence_rounds)
 
 
-def _committed(
-    luck: _Luck, ids: list[int], made: list[int], passed: list[int], gamma: int
-) -> list[float]:
-    """Tokens that each request committed in the rounds that passed, after those it had made."""
+def _change_length(
+    luck: _Luck, batch: list[_Sequence], num_rounds: int, gamma: int, new_gamma: int
+) -> None:
+    """Counts what the sequences committed so far, and when they will be done from here."""
+    for sequence, consumed in zip(batch, _committed(luck, batch, num_rounds, gamma), strict=True):
+        sequence.made += num_rounds - sequence.since
+        sequence.left -= consumed
+        sequence.since = num_rounds
+    for sequence, rounds in zip(batch, _rounds_left(luck, batch, new_gamma), strict=True):
+        sequence.done_at = num_rounds + rounds
+
+
+def _committed(luck: _Luck, batch: list[_Sequence], num_rounds: int, gamma: int) -> list[float]:
+    """Tokens that each sequence committed since the draft length last changed."""
+    passed = [num_rounds - sequence.since for sequence in batch]
     if not luck.accepted.size:
         return [rounds * luck.mean_tokens[gamma] for rounds in passed]
-    so_far = _running_tokens(luck, ids, made, max(passed), gamma)
+    so_far = _running_tokens(luck, batch, max(passed), gamma)
     return [
-        int(row[rounds - 1]) if rounds else 0 for row, rounds in zip(so_far, passed, strict=True)
+        float(row[rounds - 1]) if rounds else 0.0
+        for row, rounds in zip(so_far, passed, strict=True)
     ]
 
 
-def _rounds_left(
-    luck: _Luck, ids: list[int], made: list[int], left: list[float], gamma: int
-) -> list[int]:
-    """Rounds until each request has the tokens that it has left."""
+def _rounds_left(luck: _Luck, batch: list[_Sequence], gamma: int) -> list[int]:
+    """Rounds until each sequence has the tokens that it has left."""
+    left = [sequence.left for sequence in batch]
     if not luck.accepted.size:
         return [math.ceil(tokens / luck.mean_tokens[gamma] * (1 - 1e-12)) for tokens in left]
-    so_far = _running_tokens(luck, ids, made, int(max(left)), gamma)
+    so_far = _running_tokens(luck, batch, int(max(left)), gamma)
     return ((so_far < np.array(left)[:, None]).sum(1) + 1).tolist()
 
 
-def _running_tokens(
-    luck: _Luck, ids: list[int], made: list[int], num_rounds: int, gamma: int
-) -> np.ndarray:
+def _running_tokens(luck: _Luck, batch: list[_Sequence], num_rounds: int, gamma: int) -> np.ndarray:
     """`[b, num_rounds]` tokens committed after each of the rounds to come."""
-    starts = np.array(ids) * luck.width + np.array(made)
+    starts = np.array([sequence.request * luck.width + sequence.made for sequence in batch])
     accepted = luck.accepted[starts[:, None] + np.arange(num_rounds)]
     return np.cumsum(1 + np.minimum(accepted, gamma), axis=1, dtype=np.int64)
 

@@ -11,7 +11,7 @@ Weights = Literal["bf16", "int8", "int4"]
 LossLawName = Literal["besiroglu", "hoffmann", "shape-aware"]
 
 
-def formats(weights: Weights) -> Any:
+def formats(weights: str) -> Any:
     """Bytes per number, by the name of the weights' format."""
     from jaxsd import costmodel
 
