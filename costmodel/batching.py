@@ -14,12 +14,28 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._inputs import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, PROBABILITY, as_floats, require
+from ._inputs import (
+    AT_LEAST_ONE,
+    NON_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    as_floats,
+    is_traced,
+    require,
+)
 from .length_curves import AnyLengthCurve, accepted_length, as_one_dtype
-from .round_times import AnyRoundTimes, checked_round_seconds, last_gamma, round_seconds
+from .round_times import (
+    AnyRoundTimes,
+    MeasuredTimes,
+    checked_round_seconds,
+    last_gamma,
+    round_seconds,
+)
 
 # The longest draft that is looked at, where it is not given and the times know no end.
 _MAX_GAMMA = 32
+# Shares of rounds are differences of lengths, and these are rounded.
+_ROUNDING = 1e-5
 # Halvings of an interval of two tokens: to the last digit of float64.
 _BISECTIONS = 56
 
@@ -155,7 +171,7 @@ def optimal_gamma_for_batch(
       times: T, seconds per round by batch and draft length.
       batch: b, sequences decoded together, positive.
       max_gamma: the largest length considered, a Python integer (it is a shape); by default 32, or
-        the last length of `MeasuredTimes`.
+        the last length of `MeasuredTimes` (in a jit no more than 32).
 
     Returns:
       Draft tokens per round, in [0, max_gamma], in the shape of batch.
@@ -194,7 +210,7 @@ def optimal_integer_gamma_for_batch(
       times: T, seconds per round by batch and draft length.
       batch: b, sequences decoded together, positive.
       max_gamma: the largest length considered, a Python integer (it is a shape); by default 32, or
-        the last length of `MeasuredTimes`.
+        the last length of `MeasuredTimes` (in a jit no more than 32).
 
     Returns:
       Draft tokens per round, int32, in 0..max_gamma, in the shape of batch.
@@ -254,6 +270,10 @@ def run_to_completion_rounds(
     if len(shape) != 1:
         raise ValueError(f"acceptance_by_position of shape {shape} must have shape [K]")
     require("acceptance_by_position", acceptance_by_position, PROBABILITY)
+    if not is_traced(acceptance_by_position):
+        rises = np.diff(np.asarray(acceptance_by_position, np.float64), prepend=1.0)
+        falls = (lambda _: rises <= _ROUNDING * len(rises), "shares of rounds that do not rise")
+        require("acceptance_by_position", acceptance_by_position, falls)
     require("num_tokens", num_tokens, AT_LEAST_ONE)
     require("batch", batch, AT_LEAST_ONE)
     shares, batch_ = as_one_dtype(acceptance_by_position, batch)
@@ -264,7 +284,10 @@ def _question(
     curve: AnyLengthCurve, times: AnyRoundTimes, batch: ArrayLike, max_gamma: int | None
 ) -> tuple[AnyLengthCurve, AnyRoundTimes, Array, Array]:
     """The arguments, checked and as arrays of one type, and the lengths that are tried."""
-    last = last_gamma(times)
+    curve.check()
+    times.check()
+    require("batch", batch, POSITIVE)
+    last, is_given = last_gamma(times), max_gamma is not None
     if max_gamma is None:
         max_gamma = _MAX_GAMMA if last is None else int(last)
     require("max_gamma", max_gamma, NON_NEGATIVE)
@@ -272,10 +295,12 @@ def _question(
         raise ValueError(
             f"max_gamma={max_gamma} lies beyond the measured draft lengths, which end at {last:g}"
         )
-    curve.check()
-    times.check()
-    require("batch", batch, POSITIVE)
-    return _as_arrays((curve, times, batch, np.arange(max_gamma + 1)))
+    gammas = np.arange(max_gamma + 1)
+    if isinstance(times, MeasuredTimes) and last is None and not is_given:
+        # Inside a jit the last length is no shape: it is tried again in place of longer ones.
+        every, end = as_floats(gammas, jnp.asarray(times.gammas)[-1])
+        return _as_arrays((curve, times, batch, jnp.minimum(every, jnp.floor(end))))
+    return _as_arrays((curve, times, batch, gammas))
 
 
 def _as_arrays(question: Any) -> Any:

@@ -116,6 +116,7 @@ def measured_length_table(
             f"token_seconds of shape {np.shape(token_seconds)} must have shape [n, m], with batches"
             f" of shape {np.shape(batches)} and gammas of shape {np.shape(gammas)}"
         )
+    _check_rising("gammas", gammas)
     require("token_seconds", token_seconds, POSITIVE)
     (seconds,) = as_floats(jnp.asarray(token_seconds))
     found = jnp.asarray(gammas).astype(jnp.int32)[jnp.argmin(seconds, axis=1)]
@@ -290,8 +291,13 @@ def _check_bounds(batches: ArrayLike, name: str = "batches") -> None:
     if np.ndim(batches) != 1 or np.shape(batches)[0] == 0:
         raise ValueError(f"{name} of shape {np.shape(batches)} must have shape [n]")
     require(name, batches, POSITIVE)
-    if not is_traced(batches) and (np.diff(np.asarray(batches, np.float64)) <= 0).any():
-        raise ValueError(f"{name}={np.asarray(batches).tolist()} must be in rising order")
+    _check_rising(name, batches)
+
+
+def _check_rising(name: str, value: ArrayLike) -> None:
+    """Raises ValueError unless every number is larger than the one before it."""
+    if not is_traced(value) and (np.diff(np.asarray(value, np.float64)) <= 0).any():
+        raise ValueError(f"{name}={np.asarray(value).tolist()} must be in rising order")
 
 
 def _check_whole(name: str, value: ArrayLike) -> None:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from ._inputs import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, as_floats, is_traced, require
 from .hardware import Chip, Stack, check_chip, check_stack, pass_seconds, smooth_maximum
-from .length_curves import as_one_dtype
+from .length_curves import as_one_dtype, in_dtype_of
 from .shapes import BFLOAT16, Formats, Shape
 
 
@@ -220,7 +220,7 @@ def round_seconds(times: AnyRoundTimes, batch: ArrayLike, gamma: ArrayLike) -> A
     times.check()
     require("batch", batch, POSITIVE)
     require("gamma", gamma, NON_NEGATIVE)
-    return checked_round_seconds(times, *as_floats(batch, gamma))
+    return checked_round_seconds(times, *as_floats(*in_dtype_of(times, batch, gamma)))
 
 
 def checked_round_seconds(times: AnyRoundTimes, batch: Array, gamma: Array) -> Array:
@@ -244,7 +244,8 @@ def fit_linear_times(measured: MeasuredTimes) -> LinearTimes:
       The lines, with the draft steps as they were measured.
 
     Raises:
-      ValueError: a field is outside its range, NaN or of the wrong shape, or there is one length.
+      ValueError: a field is outside its range, NaN or of the wrong shape, there is one length, or
+        times bend up so much that a line through them leaves no time for plain decoding.
 
     Example:
       >>> from jaxsd import costmodel
@@ -267,7 +268,15 @@ def fit_linear_times(measured: MeasuredTimes) -> LinearTimes:
     means = grid.mean(1)
     slopes = ((grid - means[:, None]) * centred[None, :]).sum(1) / jnp.square(centred).sum()
     slopes = jnp.maximum(slopes, 0)
-    return LinearTimes(batches, means - slopes * gammas.mean(), slopes, draft)
+    fixed = means - slopes * gammas.mean()
+    _require_positive_fixed(fixed)
+    return LinearTimes(batches, fixed, slopes, draft)
+
+
+def _require_positive_fixed(fixed_seconds: Array) -> None:
+    """Raises ValueError if a line does not begin at a positive time."""
+    wanted = "positive: times that bend up so much are no line, use MeasuredTimes as they are"
+    require("fixed_seconds of the fitted line", fixed_seconds, (lambda x: x > 0, wanted))
 
 
 def last_gamma(times: AnyRoundTimes) -> float | None:
@@ -291,7 +300,8 @@ def _segment(x: Array, knots: Array) -> tuple[Array, Array, Array]:
         return index, index, jnp.zeros_like(x)
     low = jnp.searchsorted(knots[1:-1], x, side="right").astype(jnp.int32)
     weight = (x - knots[low]) / (knots[low + 1] - knots[low])
-    return low, low + 1, jnp.maximum(weight, 0)
+    # A maximum would have half the slope at the first knot. Only a batch is ever below it.
+    return low, low + 1, jnp.where(weight < 0, 0, weight)
 
 
 def _between(low: Array, high: Array, weight: Array) -> Array:

@@ -394,7 +394,7 @@ def _running_tokens(luck: _Luck, batch: list[_Sequence], num_rounds: int, gamma:
 def _policy(policy: ArrayLike | LengthTable, sizes: np.ndarray) -> np.ndarray:
     """`[max_batch]` draft lengths of every batch size."""
     if isinstance(policy, LengthTable):
-        return np.asarray(lookup_length(policy, sizes), np.int64)
+        policy = np.asarray(lookup_length(policy, sizes))
     is_length = (
         lambda x: (x >= 0) & (x <= _MAX_GAMMA) & (x == np.round(x)),
         f"whole numbers from 0 to {_MAX_GAMMA}",

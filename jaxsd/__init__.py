@@ -11,9 +11,15 @@ _here = pathlib.Path(__file__).parent
 if not (_here / "models").is_dir():
     __path__.append(str(_here.parent))
 
-from . import stats, testing  # noqa: E402
+from . import stats, testing, trees  # noqa: E402
 from .decoding import UNTIL_DONE, speculative  # noqa: E402
-from .drafters import model_drafter, no_drafter, prompt_lookup  # noqa: E402
+from .drafters import (  # noqa: E402
+    confident_tree_drafter,
+    model_drafter,
+    no_drafter,
+    prompt_lookup,
+    tree_drafter,
+)
 from .sampling import categorical, probabilities  # noqa: E402
 from .types import (  # noqa: E402
     Decoder,
@@ -26,10 +32,21 @@ from .types import (  # noqa: E402
     Sampling,
     Statistics,
     StepInfo,
+    TreeLanguageModel,
     Verdict,
     Verifier,
+    shares_noise,
 )
-from .verifiers import rejection_sampling  # noqa: E402
+from .verifiers import (  # noqa: E402
+    block_verification,
+    gumbel_coupling,
+    k_sequential,
+    optimal_acceptance,
+    recursive_rejection,
+    rejection_sampling,
+    target_matching,
+    traversal_verification,
+)
 
 __version__ = "0.1.0"
 
@@ -45,15 +62,27 @@ __all__ = [
     "Sampling",
     "Statistics",
     "StepInfo",
+    "TreeLanguageModel",
     "Verdict",
     "Verifier",
+    "block_verification",
     "categorical",
+    "confident_tree_drafter",
+    "gumbel_coupling",
+    "k_sequential",
     "model_drafter",
     "no_drafter",
+    "optimal_acceptance",
     "probabilities",
     "prompt_lookup",
+    "recursive_rejection",
     "rejection_sampling",
+    "shares_noise",
     "speculative",
     "stats",
+    "target_matching",
     "testing",
+    "traversal_verification",
+    "tree_drafter",
+    "trees",
 ]

@@ -1,7 +1,7 @@
 """The loop: draft, verify, commit, until every row is done; one program, static shapes."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,15 @@ from .types import (
     Generation,
     LanguageModel,
     Params,
+    Proposal,
     Sampling,
     Statistics,
     StepInfo,
+    TreeLanguageModel,
     Verdict,
     Verifier,
 )
+from .verifiers import ancestors
 
 GREEDY = Sampling()
 """The default: the target's argmax at every place."""
@@ -94,6 +97,12 @@ def speculative(
     for one in eos_ids:
         _check_integer("eos_id", one, 0)
     num_tokens = drafter.num_tokens
+    if drafter.depth is not None and not hasattr(target, "apply_tree"):
+        raise ValueError(
+            f"target={target!r} must have apply_tree and keep (jaxsd.TreeLanguageModel): "
+            "this drafter proposes trees"
+        )
+    is_keyed_by_place = getattr(verifier, "shares_noise", False)
 
     def init(
         params: Params,
@@ -135,13 +144,17 @@ def speculative(
             sampling=sampling,
             target_cache=cache,
             drafter_state=drafter.prefill(params, state, tokens[:, :width], lengths),
-            stats=Statistics(zeros, zeros, zeros, jnp.zeros((batch_size, num_tokens), jnp.int32)),
+            stats=Statistics(
+                num_rounds=zeros,
+                num_drafted=zeros,
+                num_accepted=zeros,
+                accepted_by_position=jnp.zeros((batch_size, num_tokens), jnp.int32),
+                accepted_by_node=jnp.zeros((batch_size, num_tokens), jnp.int32),
+            ),
         )
 
     def step(params: Params, state: DecodeState) -> tuple[DecodeState, StepInfo]:
-        # A row's length grows every round, so folding it in makes a fresh key of the same row key.
-        keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
-        draft_keys, verify_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        draft_keys, verify_keys = round_keys(state)
 
         with jax.named_scope("draft"):
             proposal = drafter.propose(
@@ -150,13 +163,25 @@ def speculative(
         with jax.named_scope("verify"):
             last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
             block = jnp.concatenate([last, proposal.tokens], axis=1)  # [B, K + 1]
-            offsets = jnp.arange(num_tokens + 1, dtype=jnp.int32)
-            positions = (state.lengths - 1)[:, None] + offsets[None, :]
-            logits, cache = target.apply(params["target"], block, positions, state.target_cache)
+            logits, cache = score(params, state, block, proposal.parents)
             _check_logits(logits, block.shape)
             target_probs = sampling_lib.probabilities(logits, state.sampling)
             draft, proposed = _draft(proposal, target_probs)
             verdict = jax.vmap(verifier)(verify_keys, target_probs, draft)
+
+        drafter_state, hit = proposal.state, None
+        if drafter.depth is not None:
+            path = _path(verdict, proposal)[:, : drafter.depth]
+            with jax.named_scope("keep"):
+                cache = _tree_model(target).keep(
+                    cache, state.lengths, state.lengths[:, None] + path
+                )
+                if drafter.keep is not None:
+                    drafter_state = drafter.keep(drafter_state, state.lengths, path)
+            depth = jnp.arange(drafter.depth, dtype=jnp.int32)
+            is_accepted = (depth[None, :] < verdict.num_accepted[:, None]) & ~state.done[:, None]
+            hit = path[:, :, None] == jnp.arange(num_tokens, dtype=jnp.int32)[None, None, :]
+            hit = jnp.any(hit & is_accepted[:, :, None], axis=1)
 
         with jax.named_scope("commit"):
             tokens, committed, num_committed, done = commit(state, verdict)
@@ -170,21 +195,52 @@ def speculative(
             done=done,
         )
         reached = counted[:, None] > jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
+        reached = reached.astype(jnp.int32)
+        hit = reached if hit is None else hit.astype(jnp.int32)
         stats = Statistics(
             num_rounds=state.stats.num_rounds + active.astype(jnp.int32),
             num_drafted=state.stats.num_drafted + info.num_drafted,
             num_accepted=state.stats.num_accepted + counted,
-            accepted_by_position=state.stats.accepted_by_position + reached.astype(jnp.int32),
+            accepted_by_position=state.stats.accepted_by_position + reached,
+            accepted_by_node=cast(Array, state.stats.accepted_by_node) + hit,
         )
         state = state._replace(
             tokens=tokens,
             lengths=state.lengths + num_committed,
             done=done,
             target_cache=cache,
-            drafter_state=proposal.state,
+            drafter_state=drafter_state,
             stats=stats,
         )
         return state, info
+
+    def round_keys(state: DecodeState) -> tuple[Array, Array]:
+        """Keys `[B]` of the drafter and of the verifier, fresh in every round, or `[B, K + 1]`."""
+        if is_keyed_by_place:
+            place = state.lengths[:, None] + jnp.arange(num_tokens + 1, dtype=jnp.int32)[None, :]
+            keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(state.keys, place)
+            return keys, keys
+        # A row's length grows every round, so folding it in makes a fresh key of the same row key.
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
+        draft_keys, verify_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        return draft_keys, verify_keys
+
+    def score(
+        params: Params, state: DecodeState, block: Array, parents: Array | None
+    ) -> tuple[Array, Any]:
+        """The target's logits `[B, K + 1, V]` after the last token and after every draft token."""
+        starts = state.lengths - 1
+        if parents is None:
+            offsets = jnp.arange(num_tokens + 1, dtype=jnp.int32)
+            positions = starts[:, None] + offsets[None, :]
+            return target.apply(params["target"], block, positions, state.target_cache)
+        root = jnp.arange(num_tokens + 1)[None, :] == 0
+        paths = jax.vmap(ancestors)(parents)
+        seen = jnp.concatenate([jnp.broadcast_to(root, (len(paths), *root.shape)), paths], axis=1)
+        positions = starts[:, None] + jnp.sum(seen, axis=2, dtype=jnp.int32) - 1
+        return _tree_model(target).apply_tree(
+            params["target"], block, positions, state.target_cache, starts, seen
+        )
 
     def commit(state: DecodeState, verdict: Verdict) -> tuple[Array, Array, Array, Array]:
         """The only writer of the token buffer: ends rows exactly at an end id or at their limit.
@@ -317,7 +373,23 @@ def _draft(proposal: Any, target_probs: Array) -> tuple[Draft, Array]:
             f"{target_probs.shape[-1]}: draft and target must share one"
         )
     probs = jnp.where(proposed[..., None], probs, jnp.zeros_like(probs))
-    return Draft(tokens=proposal.tokens, probs=probs), proposed
+    return Draft(tokens=proposal.tokens, probs=probs, parents=proposal.parents), proposed
+
+
+def _path(verdict: Verdict, proposal: Proposal) -> Array:
+    """The accepted nodes `[B, K]` of a tree."""
+    if verdict.path is None or proposal.parents is None:
+        missing = "the verifier's verdict has no path" if verdict.path is None else "no parents"
+        raise ValueError(
+            f"{missing}: a drafter of trees needs a verifier of trees, such as "
+            "jaxsd.recursive_rejection, and proposes with parents"
+        )
+    return verdict.path
+
+
+def _tree_model(model: LanguageModel) -> TreeLanguageModel:
+    """Checked for in `speculative`."""
+    return cast(TreeLanguageModel, model)
 
 
 def _row_keys(key: Array, batch_size: int) -> Array:

@@ -1,11 +1,18 @@
 """Who proposes: the parts that suggest the next tokens of every row."""
 
+from collections.abc import Sequence
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from . import sampling as sampling_lib
-from .types import Drafter, LanguageModel, Params, Proposal, Sampling
+from . import trees, verifiers
+from .types import Drafter, LanguageModel, Params, Proposal, Sampling, TreeLanguageModel
+
+Siblings = Literal["distinct", "independent", "chosen", "mixed"]
 
 
 def no_drafter() -> Drafter:
@@ -37,7 +44,9 @@ def no_drafter() -> Drafter:
     return Drafter(0, (), init, _no_prefill, propose)
 
 
-def model_drafter(model: LanguageModel, num_tokens: int, *, name: str = "draft") -> Drafter:
+def model_drafter(
+    model: LanguageModel, num_tokens: int, *, name: str = "draft", shares_noise: bool = False
+) -> Drafter:
     """A small language model drafts `num_tokens` tokens, one pass each, as the row's sampling says.
 
     Its distributions go through the same `probabilities` as the target's, so that with the same
@@ -47,6 +56,8 @@ def model_drafter(model: LanguageModel, num_tokens: int, *, name: str = "draft")
       model: the draft model; it shares the target's vocabulary.
       num_tokens: K, at least 1.
       name: the entry of `params` with its weights.
+      shares_noise: draws with the random numbers that `gumbel_coupling` draws the target's tokens
+        with; for that verifier alone.
 
     Raises:
       ValueError: if `num_tokens` is not an integer of at least 1.
@@ -75,20 +86,22 @@ def model_drafter(model: LanguageModel, num_tokens: int, *, name: str = "draft")
         keys: Array,
         sampling: Sampling,
     ) -> Proposal:
+        if shares_noise != (keys.ndim == 2):
+            raise ValueError(
+                f"shares_noise={shares_noise} of the drafter must fit the verifier: "
+                "True for jaxsd.gumbel_coupling, False for others"
+            )
+
         def draw(logits: Array, index: Array | int) -> tuple[Array, Array]:
-            step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
             probs = sampling_lib.probabilities(logits, sampling)
+            if shares_noise:
+                place_keys = jnp.take(keys, index, axis=1)
+                return jax.vmap(verifiers.shared_categorical)(place_keys, probs), probs
+            step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
             return jax.vmap(sampling_lib.categorical)(step_keys, probs), probs
 
-        # When all K tokens of the last round were accepted, the draft has not read the K-th: the
-        # first pass takes the last two tokens. Reading a token again at its own place changes
-        # nothing.
-        starts = jnp.maximum(lengths - 2, 0)
-        pair = starts[:, None] + jnp.arange(2, dtype=jnp.int32)[None, :]
-        last_two = jnp.take_along_axis(tokens, pair, axis=1, mode="clip")
-        logits, cache = model.apply(params[name], last_two, pair, state)
-        last = (lengths - 1 - starts)[:, None, None]
-        token, probs = draw(jnp.take_along_axis(logits, last, axis=1)[:, 0], 0)
+        logits, cache = read_last(model, params[name], state, tokens, lengths)
+        token, probs = draw(logits, 0)
 
         def extend(carry: tuple[Array, object], index: Array) -> tuple[tuple, tuple]:
             token, cache = carry
@@ -107,6 +120,347 @@ def model_drafter(model: LanguageModel, num_tokens: int, *, name: str = "draft")
         )
 
     return Drafter(num_tokens, (name,), init, prefill, propose)
+
+
+def tree_drafter(
+    model: TreeLanguageModel,
+    parents: Sequence[int],
+    *,
+    siblings: Siblings = "distinct",
+    name: str = "draft",
+) -> Drafter:
+    """A small language model fills a tree of a fixed topology, one pass per level.
+
+    How the children of one node are made decides what they are worth, and to which verifier:
+
+    - "distinct": drawn from the draft's distribution without replacement. `recursive_rejection`,
+      `traversal_verification`.
+    - "independent": each drawn from it anew, so that tokens repeat. `k_sequential`, and what the
+      theory of several drafts is about.
+    - "chosen": its most probable tokens. `target_matching`; best at temperature 0.
+    - "mixed": its most probable tokens but one, and first a token drawn from the rest. Accepts
+      sum of p over the chosen and of min(p, q) over the rest: nearly the most that is possible.
+
+    Greedy rows always get the most probable tokens.
+
+    Args:
+      model: the draft model; it shares the target's vocabulary.
+      parents: the tree (see `jaxsd.trees`), level by level.
+      siblings: as above.
+      name: the entry of `params` with its weights.
+
+    Raises:
+      ValueError: if the tree is empty or not in the order of levels, or `siblings` is unknown.
+
+    References:
+      Jeon et al., 2024, https://arxiv.org/abs/2402.14160 (distinct); Miao et al., 2023,
+      https://arxiv.org/abs/2305.09781 (independent).
+
+    >>> import jaxsd
+    >>> from jaxsd import testing
+    >>> drafter = tree_drafter(testing.MarkovModel(vocab_size=5), jaxsd.trees.balanced((3, 2)))
+    >>> drafter.num_tokens, drafter.depth
+    (9, 2)
+    """
+    parents = trees.check(parents)
+    levels = np.array(trees.depths(parents))
+    if not parents or np.any(np.diff(levels) < 0):
+        raise ValueError(f"parents={parents} must hold at least one node, level by level")
+    if siblings not in ("distinct", "independent", "chosen", "mixed"):
+        raise ValueError(
+            f"siblings={siblings!r} must be 'distinct', 'independent', 'chosen' or 'mixed'"
+        )
+    if not hasattr(model, "apply_tree"):
+        raise ValueError(f"model={model!r} must have apply_tree (jaxsd.TreeLanguageModel)")
+    num_tokens, depth = len(parents), int(levels.max())
+    children = [[i for i, p in enumerate(parents) if p == node] for node in range(-1, num_tokens)]
+    paths = np.zeros((num_tokens, num_tokens), bool)  # which nodes lie on every node's path
+    for node, parent in enumerate(parents):
+        paths[node] = paths[parent] if parent >= 0 else False
+        paths[node, node] = True
+
+    def init(params: Params, batch_size: int, max_len: int) -> Any:
+        del params
+        return model.init_cache(batch_size, max_len + num_tokens)
+
+    def prefill(params: Params, state: Any, prompts: Array, lengths: Array) -> Any:
+        _, cache = model.apply(params[name], prompts, block_positions(prompts, lengths), state)
+        return cache
+
+    def propose(
+        params: Params,
+        state: Any,
+        tokens: Array,
+        lengths: Array,
+        keys: Array,
+        sampling: Sampling,
+    ) -> Proposal:
+        logits, cache = read_last(model, params[name], state, tokens, lengths)
+        logits = logits[:, None]  # [B, nodes of a level that have children, V]
+        level = [-1]
+        drafted: list[Array] = [jnp.zeros_like(lengths)] * num_tokens
+        laws: list[Array] = [jnp.zeros_like(logits[:, 0], jnp.float32)] * num_tokens
+        for number in range(1, depth + 1):
+            # Families of one size are drawn together.
+            for count in sorted({len(children[node + 1]) for node in level}):
+                places = [i for i, node in enumerate(level) if len(children[node + 1]) == count]
+                heads = [children[level[i] + 1] for i in places]
+                made = draw_families(keys, logits[:, np.array(places)], sampling, heads, siblings)
+                for child, token, law in made:
+                    drafted[child], laws[child] = token, law
+            level = [i for i in range(num_tokens) if levels[i] == number and children[i + 1]]
+            if not level:
+                break
+            # Nodes without children between them are read too: slots stay in a row.
+            first, last = level[0], level[-1] + 1
+            block = jnp.stack(drafted[first:last], axis=1)
+            positions = jnp.broadcast_to((lengths + (number - 1))[:, None], block.shape)
+            seen = jnp.asarray(paths[first:last, :last])[None]
+            # No length is negative; a literal of this size XLA would fold for seconds.
+            seen = seen | (lengths < 0)[:, None, None]
+            logits, cache = model.apply_tree(params[name], block, positions, cache, lengths, seen)
+            logits = logits[:, np.array(level) - first]
+        given = jnp.minimum(lengths, 0)[:, None] + jnp.array(parents, jnp.int32)[None, :]
+        probs = jnp.stack(laws, axis=1)
+        return Proposal(
+            tokens=jnp.stack(drafted, axis=1),
+            probs=probs,
+            proposed=jnp.any(probs > 0, axis=-1),
+            state=cache,
+            parents=given,
+        )
+
+    def keep(state: Any, lengths: Array, path: Array) -> Any:
+        return model.keep(state, lengths, lengths[:, None] + path)
+
+    return Drafter(num_tokens, (name,), init, prefill, propose, depth, keep)
+
+
+def confident_tree_drafter(
+    model: TreeLanguageModel,
+    num_tokens: int,
+    *,
+    depth: int,
+    width: int,
+    name: str = "draft",
+) -> Drafter:
+    """A small language model grows the tree that it believes in most, anew in every round.
+
+    A node's value is the product of the draft's probabilities along its path. On every level the
+    `width` nodes of largest value are given their `width` most probable children; at the end the
+    `num_tokens` nodes of largest value of all are proposed. Tokens are chosen, not drawn:
+    `target_matching` is the verifier. Shapes are static; the topology is data.
+
+    Args:
+      model: the draft model; it shares the target's vocabulary.
+      num_tokens: K, nodes that the target verifies; at most all that are made, `width` on the first
+        level and `width^2` on the others.
+      depth: levels, each one pass of the draft over `width` tokens.
+      width: as above; at most the vocabulary.
+      name: the entry of `params` with its weights.
+
+    Raises:
+      ValueError: if a number is not an integer in its range.
+
+    References:
+      Li et al., 2024, EAGLE-2, https://arxiv.org/abs/2406.16858, section 4.
+
+    >>> from jaxsd import testing
+    >>> model = testing.MarkovModel(vocab_size=5)
+    >>> confident_tree_drafter(model, num_tokens=6, depth=3, width=2).depth
+    3
+    """
+    for argument, value in (("depth", depth), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument}={value!r} must be an integer of at least 1")
+    _check_num_tokens(num_tokens)
+    num_made = width + (depth - 1) * width * width
+    if num_tokens > num_made:
+        raise ValueError(
+            f"num_tokens={num_tokens} must be at most the {num_made} nodes that depth={depth} and "
+            f"width={width} make"
+        )
+    if not hasattr(model, "apply_tree"):
+        raise ValueError(f"model={model!r} must have apply_tree (jaxsd.TreeLanguageModel)")
+    num_read = (depth - 1) * width
+    room = max(num_tokens, num_read)
+
+    def init(params: Params, batch_size: int, max_len: int) -> Any:
+        del params
+        slots = jnp.zeros((batch_size, num_tokens), jnp.int32)
+        return model.init_cache(batch_size, max_len + room), slots
+
+    def prefill(params: Params, state: Any, prompts: Array, lengths: Array) -> Any:
+        positions = block_positions(prompts, lengths)
+        return model.apply(params[name], prompts, positions, state[0])[1], state[1]
+
+    def propose(
+        params: Params,
+        state: Any,
+        tokens: Array,
+        lengths: Array,
+        keys: Array,
+        sampling: Sampling,
+    ) -> Proposal:
+        del keys, sampling
+        logits, cache = read_last(model, params[name], state[0], tokens, lengths)
+        chances, made = lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), width)
+        # Of all nodes made so far: token, value, parent, and the slot it was read into, or none.
+        all_tokens, all_values = made, chances
+        all_parents = jnp.full_like(made, -1)
+        all_slots = jnp.full_like(made, -1)
+        frontier = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], made.shape)
+        frontier_values = chances
+        seen = jnp.zeros((*made.shape, 0), bool)  # [B, width, slots read so far]
+        for number in range(1, depth):
+            first = (number - 1) * width
+            block = jnp.take_along_axis(all_tokens, frontier, axis=1)
+            own = jnp.eye(width, dtype=bool)[None]
+            own = jnp.broadcast_to(own, (block.shape[0], width, width))
+            seen = jnp.concatenate([seen, own], axis=2)
+            positions = jnp.broadcast_to((lengths + (number - 1))[:, None], block.shape)
+            logits, cache = model.apply_tree(params[name], block, positions, cache, lengths, seen)
+            slot = jnp.broadcast_to(first + jnp.arange(width, dtype=jnp.int32)[None], block.shape)
+            all_slots = jax.vmap(lambda into, at, one: into.at[at].set(one))(
+                all_slots, frontier, slot
+            )
+            log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+            chances, made = lax.top_k(log_probs, width)  # [B, width, width]
+            values = (frontier_values[:, :, None] + chances).reshape(len(made), -1)
+            start = all_tokens.shape[1]
+            parent = jnp.broadcast_to(frontier[:, :, None], made.shape).reshape(len(made), -1)
+            all_tokens = jnp.concatenate([all_tokens, made.reshape(len(made), -1)], axis=1)
+            all_values = jnp.concatenate([all_values, values], axis=1)
+            all_parents = jnp.concatenate([all_parents, parent], axis=1)
+            all_slots = jnp.concatenate([all_slots, jnp.full_like(parent, -1)], axis=1)
+            frontier_values, best = lax.top_k(values, width)
+            frontier = start + best
+            seen = jnp.take_along_axis(seen, (best // width)[:, :, None], axis=1)
+        # A child is worth at most its parent, and comes after it: of equals the earlier is taken,
+        # so that the nodes chosen are a tree. In their own order, parents come first.
+        _, chosen = lax.top_k(all_values, num_tokens)
+        chosen = jnp.sort(chosen, axis=1)
+        pick = lambda values: jnp.take_along_axis(values, chosen, axis=1)  # noqa: E731
+        parent = pick(all_parents)
+        is_parent = chosen[:, None, :] == parent[:, :, None]
+        place = jnp.argmax(is_parent, axis=2).astype(jnp.int32)
+        return Proposal(
+            tokens=pick(all_tokens),
+            probs=None,
+            proposed=None,
+            state=(cache, jnp.maximum(pick(all_slots), 0)),
+            parents=jnp.where(parent < 0, -1, place),
+        )
+
+    def keep(state: Any, lengths: Array, path: Array) -> Any:
+        # A node that was not read has no children: it is the last of its path, and the next round
+        # reads the last two tokens.
+        cache, slots = state
+        on_path = jnp.take_along_axis(slots, path, axis=1)
+        # Never from before where it goes to: what is moved there is not used then.
+        on_path = jnp.maximum(on_path, jnp.arange(path.shape[1], dtype=jnp.int32)[None, :])
+        return model.keep(cache, lengths, lengths[:, None] + on_path), slots
+
+    return Drafter(num_tokens, (name,), init, prefill, propose, depth, keep)
+
+
+def draw_families(
+    keys: Array,
+    logits: Array,
+    sampling: Sampling,
+    families: list[list[int]],
+    siblings: Siblings,
+) -> list[tuple[int, Array, Array]]:
+    """The children of several nodes: of each its number, its token `[B]` and its law `[B, V]`.
+
+    Args:
+      keys: `[B]`; every family folds its first child's number into them.
+      logits: `[B, F, V]` of the draft, after every parent.
+      sampling: with `[B]` fields.
+      families: F lists of children, equally long.
+      siblings: see `tree_drafter`.
+    """
+    batch, num_families, size = logits.shape
+    heads = jnp.array([family[0] for family in families], jnp.uint32)
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(0, None))
+    rows = Sampling(*(jnp.repeat(jnp.asarray(field), num_families) for field in sampling))
+    tokens, laws = draw_siblings(
+        fold(keys, heads).reshape(-1), logits.reshape(-1, size), rows, len(families[0]), siblings
+    )
+    made = []
+    for place, (token, law) in enumerate(zip(tokens, laws, strict=True)):
+        token, law = token.reshape(batch, num_families), law.reshape(batch, num_families, size)
+        for index, family in enumerate(families):
+            made.append((family[place], token[:, index], law[:, index]))
+    return made
+
+
+def draw_siblings(
+    keys: Array, logits: Array, sampling: Sampling, count: int, siblings: Siblings
+) -> tuple[list[Array], list[Array]]:
+    """Children of one node of every row: tokens `[B]` and what each was drawn from `[B, V]`.
+
+    Args:
+      keys: `[B]`, consumed.
+      logits: `[B, V]` of the draft.
+      sampling: with `[B]` fields.
+      count: how many children.
+      siblings: see `tree_drafter`.
+    """
+    probs = sampling_lib.probabilities(logits, sampling)
+    size = probs.shape[-1]
+    _, likeliest = lax.top_k(logits, min(count, size))
+    is_greedy = jnp.broadcast_to(jnp.asarray(sampling.temperature) <= 0, probs.shape[:1])[:, None]
+
+    def chosen(rank: int) -> Array:
+        """One-hot, or nothing when the vocabulary is exhausted."""
+        if rank >= size:
+            return jnp.zeros_like(probs)
+        return jax.nn.one_hot(likeliest[:, rank], size, dtype=probs.dtype)
+
+    tokens, laws = [], []
+    left = probs
+    if siblings == "mixed":
+        for rank in range(count - 1):
+            left = left * (1 - chosen(rank))
+        left = _normalised(left)
+    for place in range(count):
+        if siblings == "chosen":
+            law = chosen(place)
+        elif siblings == "mixed":
+            law = left if place == 0 else chosen(place - 1)
+        else:
+            law = left
+        law = jnp.where(is_greedy, chosen(place), law)
+        place_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, place)
+        token = jax.vmap(sampling_lib.categorical)(place_keys, law)
+        if siblings == "distinct":
+            left = _normalised(left * (1 - jax.nn.one_hot(token, size, dtype=left.dtype)))
+        tokens.append(token)
+        laws.append(law)
+    return tokens, laws
+
+
+def _normalised(weights: Array) -> Array:
+    """Rows `[B, V]` that sum to 1, or stay zero."""
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, jnp.ones_like(total))
+
+
+def read_last(
+    model: LanguageModel, params: Params, cache: Any, tokens: Array, lengths: Array
+) -> tuple[Array, Any]:
+    """A draft's logits `[B, V]` after the last committed token, and its cache.
+
+    When all K tokens of the last round were accepted, the draft has not read the K-th: the pass
+    takes the last two tokens. Reading a token again at its own place changes nothing.
+    """
+    starts = jnp.maximum(lengths - 2, 0)
+    pair = starts[:, None] + jnp.arange(2, dtype=jnp.int32)[None, :]
+    last_two = jnp.take_along_axis(tokens, pair, axis=1, mode="clip")
+    logits, cache = model.apply(params, last_two, pair, cache)
+    last = (lengths - 1 - starts)[:, None, None]
+    return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache
 
 
 def prompt_lookup(num_tokens: int, *, max_ngram: int = 3, min_ngram: int = 1) -> Drafter:

@@ -64,31 +64,37 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
 
 
 def categorical(key: Array, probs: Array) -> Array:
-    """A token drawn from one row of probabilities; never one of probability zero.
+    """A token drawn from each row of probabilities; never one of probability zero.
 
     Inverts the cumulative distribution in two levels, first among blocks of about sqrt(V) tokens
-    and
-    then within one, each with a uniform of its own: two random numbers, where the Gumbel method
+    and then within one, each with a uniform of its own: two random numbers, where the Gumbel method
     takes V. At V = 2048 on a CPU that is 4 against 91 microseconds, which is a draft model's whole
     pass.
 
     Args:
       key: consumed.
-      probs: `[V]`, not negative, summing to about 1.
+      probs: `[..., V]`, not negative, rows summing to about 1.
 
     Returns:
-      `[]` int32.
+      `[...]` int32, drawn independently.
 
     >>> import jax, jax.numpy as jnp
     >>> int(categorical(jax.random.key(0), jnp.array([0.0, 1.0, 0.0])))
     1
     """
-    size = probs.shape[0]
+    *shape, size = probs.shape
     width = 2 ** (size.bit_length() // 2)
-    blocks = jnp.pad(probs, (0, -size % width)).reshape(-1, width)
-    for_block, for_token = jax.random.uniform(key, (2,), probs.dtype)
-    block = _invert(jnp.sum(blocks, axis=1), for_block)
-    return block * width + _invert(blocks[block], for_token)
+
+    def invert(probs: Array, uniforms: Array) -> Array:
+        blocks = jnp.pad(probs, (0, -size % width)).reshape(-1, width)
+        for_block, for_token = uniforms
+        block = _invert(jnp.sum(blocks, axis=1), for_block)
+        return block * width + _invert(blocks[block], for_token)
+
+    uniforms = jax.random.uniform(key, (*shape, 2), probs.dtype)
+    for _ in shape:
+        invert = jax.vmap(invert)
+    return invert(probs, uniforms)
 
 
 def check_sampling(sampling: Sampling) -> None:

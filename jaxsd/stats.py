@@ -1,8 +1,14 @@
 """What the counts of a generation mean, in the field's definitions."""
 
+import functools
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from . import trees
 from .types import Statistics
 
 
@@ -38,6 +44,29 @@ def acceptance_by_position(stats: Statistics) -> Array:
     return _ratio(stats.accepted_by_position, stats.num_rounds[..., None])
 
 
+def acceptance_by_rank(stats: Statistics, parents: Sequence[int]) -> np.ndarray:
+    """How often a node's child of each rank was the one accepted, by depth: `[D, R]`.
+
+    Of the rounds in which some node of depth d that has a child of rank r was reached, the share in
+    which that child was accepted: what `trees.best` asks for.
+
+    Args:
+      stats: of a drafter with a fixed tree; fields `[B]`, or sums over rows.
+      parents: that tree.
+    """
+    if isinstance(stats.accepted_by_node, tuple):
+        raise ValueError("stats.accepted_by_node=() must be counts by node")
+    parents = trees.check(parents)
+    accepted = np.asarray(stats.accepted_by_node, np.float64).reshape(-1, len(parents)).sum(0)
+    reached = np.concatenate([[np.asarray(stats.num_rounds, np.float64).sum()], accepted])
+    depths, ranks = np.array(trees.depths(parents)), np.array(trees.rank(parents))
+    shape = (depths.max(), ranks.max() + 1)
+    taken, tried = np.zeros(shape), np.zeros(shape)
+    np.add.at(taken, (depths - 1, ranks), accepted)
+    np.add.at(tried, (depths - 1, ranks), reached[np.array(parents) + 1])
+    return taken / np.maximum(tried, 1)
+
+
 def total(stats: Statistics) -> Statistics:
     """Sums over rows: the statistics of the whole batch.
 
@@ -47,7 +76,7 @@ def total(stats: Statistics) -> Statistics:
     >>> float(acceptance_rate(batch)), float(mean_acceptance_length(batch))
     (0.75, 2.5)
     """
-    return Statistics(*(jnp.sum(field, axis=0) for field in stats))
+    return jax.tree.map(functools.partial(jnp.sum, axis=0), stats)
 
 
 def _ratio(count: Array, out_of: Array) -> Array:

@@ -23,9 +23,13 @@ import numpy as np
 from jax import Array
 
 from . import sampling as sampling_lib
+from . import trees as tree_lib
 from .types import Decoder, Draft, LanguageModel, Params, Sampling, Verifier
 
 _PLAIN = Sampling(temperature=1.0)
+
+SIBLINGS = ("independent", "distinct", "chosen", "mixed")
+"""How the children of one node of a draft tree are drawn; see `check_verifier`."""
 
 
 class MarkovModel(NamedTuple):
@@ -63,6 +67,38 @@ class MarkovModel(NamedTuple):
             seen = jnp.take_along_axis(cache, jnp.maximum(place, 0), axis=1)
             history.append(jnp.where(place >= 0, seen, 0))
         return params[tuple(history)], cache
+
+    def apply_tree(
+        self,
+        params: Array,
+        tokens: Array,
+        positions: Array,
+        cache: Array,
+        starts: Array,
+        seen: Array,
+    ) -> tuple[Array, Array]:
+        """Logits `[B, T, V]` of nodes of a tree, each after its own path."""
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        width, length = seen.shape[2], tokens.shape[1]
+        slots = starts[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
+        cache = cache.at[rows, slots[:, width - length :]].set(tokens, mode="drop")
+        block = jnp.take_along_axis(cache, slots, axis=1, mode="clip")
+        depth = jnp.cumsum(seen, axis=2, dtype=jnp.int32) - 1  # of what a node sees
+        history = []
+        for back in reversed(range(self.order)):
+            place = positions - back
+            in_text = jnp.take_along_axis(cache, jnp.maximum(place, 0), axis=1)
+            is_it = seen & (depth == (place - starts[:, None])[:, :, None])
+            in_tree = jnp.sum(jnp.where(is_it, block[:, None, :], 0), axis=2, dtype=jnp.int32)
+            token = jnp.where(place >= starts[:, None], in_tree, in_text)
+            history.append(jnp.where(place >= 0, token, 0))
+        return params[tuple(history)], cache
+
+    def keep(self, cache: Array, starts: Array, sources: Array) -> Array:
+        """Moves the tokens of the accepted path to the front."""
+        rows = jnp.arange(cache.shape[0])[:, None]
+        slots = starts[:, None] + jnp.arange(sources.shape[1], dtype=jnp.int32)[None, :]
+        return cache.at[rows, slots].set(cache[rows, sources], mode="drop")
 
 
 class Report(NamedTuple):
@@ -114,6 +150,8 @@ def check_verifier(
     *,
     vocab_size: int = 3,
     num_tokens: Sequence[int] = (0, 1, 2, 3),
+    trees: Sequence[Sequence[int]] = (),
+    siblings: Sequence[str] = SIBLINGS,
     dtype: str = "float32",
     seed: int = 0,
     num_repeats: int = 2,
@@ -132,10 +170,17 @@ def check_verifier(
     too, and that no key is used twice. A verifier whose draws cannot be replayed (see `exact_law`)
     is tested by chi-square on samples instead; the report says which.
 
+    A verifier of trees is checked on the `trees` given as well, with siblings drawn in every way of
+    `siblings`: "independent", from one distribution; "distinct", without replacement, nothing
+    proposed once it is exhausted; "chosen", the most probable ones, one-hot; "mixed", the first
+    drawn from what the others, chosen, leave.
+
     Args:
       verifier: `(key, target_probs [K + 1, V], Draft) -> Verdict`.
       vocab_size: V, at least 2.
-      num_tokens: the draft lengths K to try.
+      num_tokens: the draft lengths K of chains to try; may be empty if there are trees.
+      trees: parents of the draft trees to try; empty for a verifier of chains.
+      siblings: how the children of one node were drawn.
       dtype: of the kernels, "float32" or "float64".
       seed: of the kernels.
       num_repeats: kernels of each kind.
@@ -160,17 +205,34 @@ def check_verifier(
     >>> bool(check_verifier(gullible, num_tokens=[1]))
     False
     """
-    _check_arguments(vocab_size, num_tokens, dtype, num_repeats, false_alarm)
+    topologies = [tree_lib.check(parents) for parents in trees]
+    lengths = (*num_tokens, *map(len, topologies))
+    _check_arguments(vocab_size, lengths, dtype, num_repeats, false_alarm)
 
-    def emit(key: Array, tokens: Array, probs: Array, target: Array) -> tuple[Any, Any]:
-        verdict = verifier(key, target, Draft(tokens=tokens, probs=probs))
-        return verdict.tokens, verdict.num_accepted
+    unknown = [kind for kind in siblings if kind not in SIBLINGS]
+    if unknown:
+        raise ValueError(f"siblings={tuple(siblings)!r} must be out of {SIBLINGS}")
+    is_keyed_by_place = getattr(verifier, "shares_noise", False)
+
+    def emit(
+        key: Array, tokens: Array, probs: Array, target: Array, parents: Array
+    ) -> tuple[Any, Any, Any]:
+        if is_keyed_by_place:
+            key = jax.random.split(key, tokens.shape[0] + 1)
+        draft = Draft(tokens, probs, parents if topologies else None)
+        verdict = verifier(key, target, draft)
+        path = jnp.arange(tokens.shape[0]) if verdict.path is None else verdict.path
+        return verdict.tokens, verdict.num_accepted, path
 
     rng = np.random.default_rng(seed)
     cases = []
-    for length in num_tokens:
-        for _ in range(num_repeats):
-            cases += _verifier_cases(rng, vocab_size, length, dtype)
+    for _ in range(num_repeats):
+        for length in num_tokens:
+            cases += _verifier_cases(rng, vocab_size, _chain(length), "independent", dtype)
+        for parents in topologies:
+            has_siblings = len(set(parents)) < len(parents)
+            for kind in siblings if has_siblings else siblings[:1]:
+                cases += _verifier_cases(rng, vocab_size, parents, kind, dtype)
     return _check(emit, cases, dtype, seed, false_alarm, strict_layout=True)
 
 
@@ -234,13 +296,16 @@ def check_function(
         for _ in range(num_repeats):
             cases += _function_cases(rng, vocab_size, length, dtype, sampling, chosen_drafts)
 
-    def emit(key: Array, tokens: Array, probs: Array, target: Array) -> tuple[Any, Any]:
+    def emit(
+        key: Array, tokens: Array, probs: Array, target: Array, parents: Array
+    ) -> tuple[Any, Any, Any]:
+        del parents
         emitted, num_accepted = fn(key, tokens, probs, target)
         emitted = jnp.asarray(emitted).astype(jnp.int32)
         width = tokens.shape[0] + 1
         if emitted.ndim == 1:
             emitted = jnp.concatenate([emitted, jnp.zeros((width,), jnp.int32)])[:width]
-        return emitted, num_accepted
+        return emitted, num_accepted, jnp.arange(tokens.shape[0])
 
     return _check(emit, cases, dtype, seed, false_alarm, strict_layout=False)
 
@@ -457,7 +522,9 @@ class _Replay:
         """For `jaxsd.categorical`, whose two-level inversion has a test of its own."""
         self._use(key, "jaxsd.categorical")
         probs = _as_float(probs)
-        return self.choose((probs / jnp.sum(probs))[None, :])[0]
+        rows = probs.reshape(-1, probs.shape[-1])
+        drawn = self.choose(rows / jnp.sum(rows, axis=1, keepdims=True))
+        return drawn.reshape(probs.shape[:-1])
 
     def choice(
         self,
@@ -814,48 +881,89 @@ class _Case(NamedTuple):
     """One pair of history-dependent kernels; level i is an array `[V] * i + [V]`.
 
     name: the kind.
-    target: levels 0..K, float64, rows summing to 1; the law to be emitted.
-    given: levels 0..K, what the function gets for them: probabilities or logits.
-    draft: levels 0..K-1, rows summing to 1, or to 0 where nothing is proposed.
+    target: levels 0..D, float64, rows summing to 1; the law to be emitted; D is the tree's depth.
+    given: levels 0..D, what the function gets for them: probabilities or logits.
+    draft: levels 0..D-1, rows summing to 1, or to 0 where nothing is proposed.
+    parents: of every node; a chain's if there is no tree.
+    siblings: how children are drawn from their parent's draft kernel.
     """
 
     name: str
     target: list[np.ndarray]
     given: list[np.ndarray]
     draft: list[np.ndarray]
+    parents: tuple[int, ...]
+    siblings: str = "independent"
 
     @property
     def length(self) -> int:
-        return len(self.draft)
+        return len(self.parents)
 
     @property
     def vocab_size(self) -> int:
         return self.target[0].shape[-1]
 
+    def paths(self) -> list[list[int]]:
+        """Of every node the nodes from the root down to it."""
+        found: list[list[int]] = []
+        for node, parent in enumerate(self.parents):
+            found.append([*(found[parent] if parent >= 0 else []), node])
+        return found
+
+    def node_probs(self, node: int, tokens: np.ndarray) -> np.ndarray:
+        """What node's token is drawn from, `[N, V]`, given the tokens `[N, >= node]` before it."""
+        path = self.paths()[node][:-1]
+        row = self.draft[len(path)][tuple(tokens[:, path].T)]
+        row = np.broadcast_to(row, (len(tokens), self.vocab_size))
+        family = [i for i, parent in enumerate(self.parents) if parent == self.parents[node]]
+        place = family.index(node)
+        eye = np.eye(self.vocab_size, dtype=row.dtype)
+        if self.siblings == "distinct":
+            left = row * (1 - eye[tokens[:, family[:place]]].sum(1, dtype=row.dtype))
+            total = left.sum(-1, keepdims=True)
+            return np.where(total > 0, left / np.where(total > 0, total, 1), 0).astype(row.dtype)
+        if self.siblings in ("chosen", "mixed"):
+            # Nothing is proposed by a child that a kernel of this support has no token for.
+            order = np.argsort(-row, axis=-1, kind="stable")
+            num_chosen = len(family) - (self.siblings == "mixed")
+            at = place - (self.siblings == "mixed")
+            if at < 0:
+                left = row * (1 - eye[order[:, :num_chosen]].sum(1, dtype=row.dtype))
+                total = left.sum(-1, keepdims=True)
+                left = np.where(total > 0, left / np.where(total > 0, total, 1), 0)
+                return left.astype(row.dtype)
+            if at >= self.vocab_size:
+                return np.zeros_like(row)
+            has = np.take_along_axis(row, order[:, at : at + 1], axis=-1) > 0
+            return eye[order[:, at]] * has
+        return row
+
     def drafts(self) -> tuple[np.ndarray, np.ndarray]:
         """All drafts of positive probability `[N, K]`, and their probabilities `[N]`."""
-        tokens = np.array(list(itertools.product(range(self.vocab_size), repeat=self.length)))
-        tokens = tokens.reshape(self.vocab_size**self.length, self.length).astype(np.int32)
-        weight = np.ones(len(tokens))
-        for place, level in enumerate(self.draft):
+        tokens = np.zeros((1, 0), np.int32)
+        weight = np.ones(1)
+        for node in range(self.length):
+            probs = self.node_probs(node, tokens).astype(np.float64)
             # Where nothing is proposed the token is a filler.
-            filler = np.eye(self.vocab_size)[0] * (level.sum(-1, keepdims=True) == 0)
-            history = tuple(tokens[:, :place].T)
-            weight *= (level.astype(np.float64) + filler)[(*history, tokens[:, place])]
-        return tokens[weight > 0], weight[weight > 0]
+            probs = probs + np.eye(self.vocab_size)[0] * (probs.sum(-1, keepdims=True) == 0)
+            rows, drawn = np.nonzero(probs)
+            weight = weight[rows] * probs[rows, drawn]
+            tokens = np.concatenate([tokens[rows], drawn[:, None].astype(np.int32)], axis=1)
+        return tokens, weight
 
-    def inputs(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For drafts `[N, K]` what the function gets: tokens, draft_probs, target."""
-        shape = (len(tokens), 0, self.vocab_size)
-        probs = [level[tuple(tokens[:, :i].T)] for i, level in enumerate(self.draft)]
-        target = [level[tuple(tokens[:, :i].T)] for i, level in enumerate(self.given)]
-        rows = [np.broadcast_to(x, (len(tokens), self.vocab_size)) for x in probs]
-        probs = np.stack(rows, axis=1) if rows else np.zeros(shape, self.given[0].dtype)
-        rows = [np.broadcast_to(x, (len(tokens), self.vocab_size)) for x in target]
-        return tokens, probs, np.stack(rows, axis=1)
+    def inputs(self, tokens: np.ndarray) -> tuple[np.ndarray, ...]:
+        """For drafts `[N, K]` what the function gets: tokens, draft_probs, target, parents."""
+        count = len(tokens)
+        probs = [self.node_probs(node, tokens[:, :node]) for node in range(self.length)]
+        shape = (count, 0, self.vocab_size)
+        stacked = np.stack(probs, axis=1) if probs else np.zeros(shape, self.given[0].dtype)
+        rows = [self.given[len(path)][tuple(tokens[:, path].T)] for path in [[], *self.paths()]]
+        rows = [np.broadcast_to(row, (count, self.vocab_size)) for row in rows]
+        parents = np.broadcast_to(np.array(self.parents, np.int32), (count, self.length))
+        return tokens, stacked, np.stack(rows, axis=1), parents
 
     def law(self) -> np.ndarray:
-        """The target's joint law of K + 1 tokens, `[V] * (K + 1)`."""
+        """The target's joint law of D + 1 tokens, `[V] * (D + 1)`."""
         law = self.target[0]
         for level in self.target[1:]:
             law = law[..., None] * level
@@ -864,7 +972,7 @@ class _Case(NamedTuple):
     def completed(
         self, tokens: np.ndarray, num_accepted: np.ndarray, weight: np.ndarray
     ) -> np.ndarray:
-        """The law of K + 1 tokens that emitted outputs `[M, K + 1]` have with the target's tail."""
+        """The law of D + 1 tokens that emitted outputs `[M, K + 1]` have with the target's tail."""
         law = np.zeros(())
         for place, level in enumerate(self.target):
             law = law[..., None] * level
@@ -873,9 +981,15 @@ class _Case(NamedTuple):
         return law
 
 
+def _chain(length: int) -> tuple[int, ...]:
+    return tuple(range(-1, length - 1))
+
+
 def _verifier_cases(
-    rng: np.random.Generator, vocab_size: int, length: int, dtype: str
+    rng: np.random.Generator, vocab_size: int, parents: tuple[int, ...], siblings: str, dtype: str
 ) -> list[_Case]:
+    length = max(tree_lib.depths(parents), default=0)
+
     def levels(count: int, row: Callable[[], np.ndarray]) -> list[np.ndarray]:
         made = []
         for i in range(count):
@@ -917,9 +1031,11 @@ def _verifier_cases(
     partly = levels(length, certain)
     partly = [level * (i < (length + 1) // 2) for i, level in enumerate(partly)]
     pairs.append(("fewer tokens proposed than K", target, partly))
+    if parents != _chain(len(parents)):
+        pairs = [(f"{name}, siblings {siblings}, tree {parents}", *pair) for name, *pair in pairs]
     return [
         # A float32 row sums to 1 within rounding only; the law is that of the row as it is given.
-        _Case(name, [x.astype(np.float64) for x in target], target, draft)
+        _Case(name, [x.astype(np.float64) for x in target], target, draft, parents, siblings)
         for name, target, draft in pairs
     ]
 
@@ -962,12 +1078,12 @@ def _function_cases(
     probs = [level.astype(dtype) for level in law(draft)]
     equal = [level.astype(dtype) for level in law(target[:length])]
     cases = [
-        _Case("random", law(target), target, probs),
-        _Case("equal laws", law(target), target, equal),
+        _Case("random", law(target), target, probs, _chain(length)),
+        _Case("equal laws", law(target), target, equal, _chain(length)),
     ]
     if chosen_drafts:
         greedy = [np.eye(vocab_size, dtype=dtype)[level.argmax(-1)] for level in draft]
-        cases.append(_Case("chosen (one-hot) draft", law(target), target, greedy))
+        cases.append(_Case("chosen (one-hot) draft", law(target), target, greedy, _chain(length)))
     return cases
 
 
@@ -1043,7 +1159,7 @@ class _Judged(NamedTuple):
 
 
 def _check(
-    emit: Callable[..., tuple[Any, Any]],
+    emit: Callable[..., tuple[Any, Any, Any]],
     cases: list[_Case],
     dtype: str,
     seed: int,
@@ -1060,7 +1176,7 @@ def _check(
 
 
 def _check_exactly(
-    emit: Callable[..., tuple[Any, Any]], cases: list[_Case], dtype: str, strict_layout: bool
+    emit: Callable[..., tuple[Any, Any, Any]], cases: list[_Case], dtype: str, strict_layout: bool
 ) -> Report:
     tolerance = 1e-12 if dtype == "float64" else 1e-6
     results: list[_Judged] = []
@@ -1068,9 +1184,9 @@ def _check_exactly(
     for length in sorted({case.length for case in cases}):
         outputs, notes = _enumerate(emit, [case for case in cases if case.length == length])
         findings += [note for note in notes if note not in findings]
-        for case, tokens, num_accepted, weight, draft in outputs:
+        for case, (tokens, num_accepted, path), weight, draft in outputs:
             where = f"K={case.length}, V={case.vocab_size}, {case.name}"
-            broken = _layout(tokens, num_accepted, draft, case, strict_layout)
+            broken = _layout(tokens, num_accepted, path, draft, case, strict_layout)
             if broken:
                 results.append(_Judged(1.0, 1.0, [f"{where}: {broken}"]))
                 continue
@@ -1095,13 +1211,13 @@ def _check_exactly(
     )
 
 
-_Outputs = list[tuple[_Case, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+_Outputs = list[tuple[_Case, tuple[np.ndarray, ...], np.ndarray, np.ndarray]]
 
 
 def _enumerate(
-    emit: Callable[..., tuple[Any, Any]], cases: list[_Case]
+    emit: Callable[..., tuple[Any, Any, Any]], cases: list[_Case]
 ) -> tuple[_Outputs, list[str]]:
-    """For every case all outputs: tokens `[M, K + 1]`, num_accepted, weight, draft tokens."""
+    """For every case all outputs: (tokens `[M, K + 1]`, num_accepted, path), weight, draft."""
     try:
         return _enumerate_with(_lanes, emit, cases)
     except _EngineFailed:  # it wants concrete values, or no two runs draw alike: fewer, one by one
@@ -1117,7 +1233,7 @@ class _EngineFailed(Exception):
 
 
 def _enumerate_with(
-    engine: Callable[..., _Runs], emit: Callable[..., tuple[Any, Any]], cases: list[_Case]
+    engine: Callable[..., _Runs], emit: Callable[..., tuple[Any, Any, Any]], cases: list[_Case]
 ) -> tuple[_Outputs, list[str]]:
     drafts = [case.drafts() for case in cases]
     inputs = [case.inputs(tokens) for case, (tokens, _) in zip(cases, drafts, strict=True)]
@@ -1131,13 +1247,18 @@ def _enumerate_with(
     outputs = []
     for index, case in enumerate(cases):
         rows = source == index
-        tokens, accepted = (x[rows] for x in runs.outputs)
-        outputs.append((case, tokens, accepted, weights[rows], stacked[0][runs.owners[rows]]))
+        emitted = tuple(x[rows] for x in runs.outputs)
+        outputs.append((case, emitted, weights[rows], stacked[0][runs.owners[rows]]))
     return outputs, runs.notes
 
 
 def _layout(
-    tokens: np.ndarray, num_accepted: np.ndarray, draft: np.ndarray, case: _Case, strict: bool
+    tokens: np.ndarray,
+    num_accepted: np.ndarray,
+    path: np.ndarray,
+    draft: np.ndarray,
+    case: _Case,
+    strict: bool,
 ) -> str:
     """What is wrong with the form of outputs `[M, K + 1]`, or nothing."""
     length = case.length
@@ -1145,9 +1266,12 @@ def _layout(
         return f"tokens has shape {tokens.shape[1:]}; wanted ({length + 1},)"
     if num_accepted.ndim != 1:
         return f"num_accepted has shape {num_accepted.shape[1:]}; wanted ()"
-    wrong = (num_accepted < 0) | (num_accepted > length)
+    depth = len(case.target) - 1
+    wrong = (num_accepted < 0) | (num_accepted > depth)
     if np.any(wrong):
-        return f"num_accepted is {num_accepted[wrong][0]}; wanted 0..{length}"
+        return f"num_accepted is {num_accepted[wrong][0]}; wanted 0..{depth}"
+    if path.shape != draft.shape:
+        return f"path has shape {path.shape[1:]}; wanted ({length},)"
     tokens = tokens[:, : length + 1]
     place = np.arange(length + 1)
     emitted = place <= num_accepted[:, None]
@@ -1155,6 +1279,14 @@ def _layout(
     if np.any(outside):
         return f"token {tokens[outside][0]} emitted; wanted 0..{case.vocab_size - 1}"
     accepted = place[:-1] < num_accepted[:, None]
+    node = np.clip(path, 0, max(length - 1, 0))
+    parents = np.broadcast_to(np.array(case.parents, int), path.shape)
+    above = np.concatenate([np.full((len(path), 1), -1), node], axis=1)[:, :-1]
+    if length:
+        linked = np.take_along_axis(parents, node, axis=1) == above
+        if np.any(accepted & ((node != path) | ~linked)):
+            return "path does not lead down the tree from its root"
+        draft = np.take_along_axis(draft, node, axis=1)
     if np.any(accepted & (tokens[:, :-1] != draft)):
         return "the first num_accepted tokens are not the draft's"
     if strict and np.any(~emitted & (tokens != 0)):
@@ -1187,7 +1319,7 @@ def _compare_laws(where: str, wanted: np.ndarray, emitted: np.ndarray, tolerance
 
 
 def _check_by_samples(
-    emit: Callable[..., tuple[Any, Any]],
+    emit: Callable[..., tuple[Any, Any, Any]],
     cases: list[_Case],
     seed: int,
     false_alarm: float,
@@ -1202,15 +1334,15 @@ def _check_by_samples(
         where = f"K={case.length}, V={case.vocab_size}, {case.name}"
         drafts, chance = case.drafts()
         one = functools.partial(_emit_many, emit, case, drafts, chance, rng)
-        tokens, num_accepted, draft = one(jax.random.key(seed + index))
-        broken = _layout(tokens, num_accepted, draft, case, strict_layout)
+        tokens, num_accepted, path, draft = one(jax.random.key(seed + index))
+        broken = _layout(tokens, num_accepted, path, draft, case, strict_layout)
         if broken:
             results.append(_Judged(1.0, 0.0, [f"{where}: {broken}"]))
             continue
         counts: dict[tuple[int, ...], int] = {}
         for row, accepted in zip(tokens, num_accepted, strict=True):
             text = tuple(row[: accepted + 1].tolist())
-            while len(text) <= length:
+            while len(text) < len(case.target):
                 level = case.target[len(text)][text]
                 text = (*text, int(rng.choice(case.vocab_size, p=level / level.sum())))
             counts[text] = counts.get(text, 0) + 1
@@ -1220,28 +1352,29 @@ def _check_by_samples(
 
 
 def _emit_many(
-    emit: Callable[..., tuple[Any, Any]],
+    emit: Callable[..., tuple[Any, Any, Any]],
     case: _Case,
     drafts: np.ndarray,
     chance: np.ndarray,
     rng: np.random.Generator,
     key: Array,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Outputs for random drafts: 20 000 if `emit` can be vectorised, else 2 000 one by one."""
 
     def inputs(count: int) -> tuple[Any, ...]:
         picked = rng.choice(len(drafts), size=count, p=chance / chance.sum())
         return jax.random.split(key, count), *map(jnp.asarray, case.inputs(drafts[picked]))
 
-    keys, tokens, probs, target = inputs(20_000)
+    given = inputs(20_000)
     try:
-        emitted, num_accepted = jax.jit(jax.vmap(emit))(keys, tokens, probs, target)
+        emitted, num_accepted, path = jax.jit(jax.vmap(emit))(*given)
     except Exception:
-        keys, tokens, probs, target = inputs(2_000)
-        outputs = [emit(*one) for one in zip(keys, tokens, probs, target, strict=True)]
-        emitted = np.stack([np.asarray(row) for row, _ in outputs])
-        num_accepted = np.array([int(np.asarray(count)) for _, count in outputs])
-    return np.asarray(emitted), np.asarray(num_accepted), np.asarray(tokens)
+        given = inputs(2_000)
+        outputs = [emit(*one) for one in zip(*given, strict=True)]
+        emitted = np.stack([np.asarray(row) for row, *_ in outputs])
+        num_accepted = np.array([int(np.asarray(count)) for _, count, _ in outputs])
+        path = np.stack([np.asarray(row) for *_, row in outputs])
+    return np.asarray(emitted), np.asarray(num_accepted), np.asarray(path), np.asarray(given[1])
 
 
 def _compare_counts(

@@ -43,6 +43,51 @@ class LanguageModel(Protocol):
         ...
 
 
+class TreeLanguageModel(LanguageModel, Protocol):
+    """A language model that can also score a tree of tokens: what draft trees ask for.
+
+    The tree's tokens lie one after the other in the cache, from the slot `starts` on; a token's
+    position in the text is its depth's, so siblings share one.
+    """
+
+    def apply_tree(
+        self,
+        params: Any,
+        tokens: Array,
+        positions: Array,
+        cache: Any,
+        starts: Array,
+        seen: Array,
+        /,
+    ) -> tuple[Array, Any]:
+        """Scores some nodes of a tree and remembers them.
+
+        Args:
+          params: weights of this model.
+          tokens: `[B, T]` int32, nodes W - T to W - 1 of a tree whose earlier ones were scored.
+          positions: `[B, T]` int32; a node's parent is one before it, the tree's first is at
+            `starts`.
+          cache: what an earlier call returned.
+          starts: `[B]` int32; slots below hold the text before the tree and are seen by all.
+          seen: `[B, T, W]` bool, whether a node sees slot `starts + w`: those on its path, and
+            itself.
+
+        Returns:
+          logits `[B, T, V]`, and a cache that also holds these nodes, at slots `starts + W - T` on.
+        """
+        ...
+
+    def keep(self, cache: Any, starts: Array, sources: Array, /) -> Any:
+        """Moves the accepted path to the front: slot `sources[b, d]` to `starts[b] + d`.
+
+        Args:
+          cache: with a tree in it.
+          starts: `[B]` int32.
+          sources: `[B, D]` int32; `sources[b, d] >= starts[b] + d`.
+        """
+        ...
+
+
 class Sampling(NamedTuple):
     """How logits become the distribution a token is drawn from.
 
@@ -60,15 +105,20 @@ class Sampling(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Proposed tokens of one row.
+    """Proposed tokens of one row: a chain, or a tree of alternatives.
 
     tokens: `[K]` int32.
     probs: `[K, V]` float32, the distribution each token was drawn from: one-hot if it was not drawn
       but chosen, all zero if nothing was proposed at this place (and so nothing can be accepted).
+      In a tree it is the distribution given the tokens above and the siblings before: for siblings
+      drawn without replacement, what was left of the draft's distribution.
+    parents: `[K]` int32, the node that each token follows, -1 for the row's last committed token;
+      a parent comes before its children. None is a chain, `-1, 0, 1, ...`.
     """
 
     tokens: Array
     probs: Array
+    parents: Array | None = None
 
 
 class Verdict(NamedTuple):
@@ -76,21 +126,36 @@ class Verdict(NamedTuple):
 
     tokens: `[K + 1]` int32, the accepted tokens, then the recovered or the bonus token, then zeros.
     num_accepted: `[]` int32 in 0..K.
+    path: `[K]` int32, the accepted tokens' places in a tree, from the root on, then anything; None
+      for a chain.
     """
 
     tokens: Array
     num_accepted: Array
+    path: Array | None = None
 
 
 class Verifier(Protocol):
     """Decides which draft tokens stand, for one row; lifted over the batch with `vmap`.
 
-    A lossless verifier's tokens are distributed as the target's own, whatever the draft.
+    A lossless verifier's tokens are distributed as the target's own, whatever the draft. One marked
+    by `shares_noise` is given `[K + 1]` keys, which the drafter has too.
     """
 
     def __call__(self, key: Array, target_probs: Array, draft: Draft, /) -> Verdict:
-        """`key` is consumed; `target_probs` is `[K + 1, V]`, row i after i draft tokens."""
+        """`key` is consumed; `target_probs` is `[K + 1, V]`, row 0 after the committed text, row
+        i + 1 after draft token i (and, in a tree, those above it)."""
         ...
+
+
+def shares_noise(verifier: Verifier) -> Verifier:
+    """Marks a verifier that draws every place of the text with that place's own key.
+
+    It then gets `[K + 1]` keys instead of one: those of the row and of the places to be filled, the
+    same in every round, with every drafter and without one. The drafter is given them as well.
+    """
+    verifier.shares_noise = True  # pyright: ignore[reportAttributeAccessIssue]
+    return verifier
 
 
 class Proposal(NamedTuple):
@@ -100,12 +165,14 @@ class Proposal(NamedTuple):
     probs: `[B, K, V]` as in `Draft`, or None if every token was chosen and not drawn.
     proposed: `[B, K]` bool, whether there is a proposal at each place, or None if everywhere.
     state: the drafter's state to carry to the next round.
+    parents: `[B, K]` int32 as in `Draft`, or None for chains.
     """
 
     tokens: Array
     probs: Array | None
     proposed: Array | None
     state: Any
+    parents: Array | None = None
 
 
 class DrafterInit(Protocol):
@@ -139,11 +206,23 @@ class DrafterPropose(Protocol):
     ) -> Proposal: ...
 
 
+class DrafterKeep(Protocol):
+    """Told which nodes of its tree were accepted, so that its cache can follow.
+
+    Args: state; lengths `[B]`, before the round; path `[B, D]`, nodes from the root down, of which
+    the accepted ones count.
+    """
+
+    def __call__(self, state: Any, lengths: Array, path: Array, /) -> Any: ...
+
+
 class Drafter(NamedTuple):
-    """Who proposes, as three pure functions over an explicit state.
+    """Who proposes, as pure functions over an explicit state.
 
     num_tokens: K, tokens proposed per round; static.
     models: names under which `params` must hold this drafter's weights.
+    depth: longest path of its trees; None if it proposes chains.
+    keep: for trees, if the state has a cache.
     """
 
     num_tokens: int
@@ -151,6 +230,8 @@ class Drafter(NamedTuple):
     init: DrafterInit
     prefill: DrafterPrefill
     propose: DrafterPropose
+    depth: int | None = None
+    keep: DrafterKeep | None = None
 
 
 class Statistics(NamedTuple):
@@ -161,12 +242,15 @@ class Statistics(NamedTuple):
     num_accepted: `[B]` int32, tokens the verifier accepted, also those that an end of sequence or a
       limit inside the block then hid.
     accepted_by_position: `[B, K]` int32, rounds in which at least i + 1 tokens were accepted.
+    accepted_by_node: `[B, K]` int32, rounds in which node i of the draft tree was accepted; for
+      chains the same.
     """
 
     num_rounds: Array
     num_drafted: Array
     num_accepted: Array
     accepted_by_position: Array
+    accepted_by_node: Array | tuple[()] = ()
 
 
 class StepInfo(NamedTuple):

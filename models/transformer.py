@@ -33,6 +33,17 @@ class LayerCache(NamedTuple):
 Cache = tuple[LayerCache, ...]
 
 
+class Masks(NamedTuple):
+    """What queries may see.
+
+    cache: `[B, T or 1, S]` bool, which slots; None without a cache.
+    block: `[B or 1, T, T]` bool, which of the block's own tokens.
+    """
+
+    cache: Array | None
+    block: Array
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32 whatever the parameters' type."""
 
@@ -68,9 +79,9 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Array, rotation: Array, starts: Array, cache: LayerCache | None
+        self, x: Array, rotation: Array, masks: Masks, cache: LayerCache | None
     ) -> tuple[Array, LayerCache]:
-        """Attends over the cache below `starts` and causally over the block itself.
+        """Attends over what the masks let through of the cache and of the block itself.
 
         Returns the output and the block's own keys and values `[B, H_kv, T, D]`, not yet written.
         """
@@ -86,15 +97,12 @@ class Attention(nnx.Module):
         keys = qk[:, :, :, group].transpose(0, 2, 1, 3)  # [B, H_kv, T, D]
         values = qkv[:, :, :, group + 1].transpose(0, 2, 1, 3)
 
-        rows = jnp.arange(length)
-        causal = rows[:, None] >= rows[None, :]
-        causal = jnp.broadcast_to(causal[None], (group, length, length)).reshape(-1, length)
-        scores = jnp.where(causal[None, None], _scores(queries, keys), _MASKED)
-        if cache is not None:
+        scores = jnp.where(_per_group(masks.block, group), _scores(queries, keys), _MASKED)
+        if cache is not None and masks.cache is not None:
             # The cache is read as it was before this block; the block is written after the last
-            # layer has read (see `_write`). Slots at or above `starts` may hold anything.
-            filled = jnp.arange(cache.keys.shape[2])[None, :] < starts[:, None]  # [B, S]
-            past = jnp.where(filled[:, None, None, :], _scores(queries, cache.keys), _MASKED)
+            # layer has read (see `_write`).
+            past = _scores(queries, cache.keys)
+            past = jnp.where(_per_group(masks.cache, group), past, _MASKED)
             scores = jnp.concatenate([past, scores], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         mixed = weights[..., -length:] @ values
@@ -129,10 +137,10 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x: Array, rotation: Array, starts: Array, cache: LayerCache | None
+        self, x: Array, rotation: Array, masks: Masks, cache: LayerCache | None
     ) -> tuple[Array, LayerCache]:
         with jax.named_scope("attention"):
-            mixed, fresh = self.attention(self.attention_norm(x), rotation, starts, cache)
+            mixed, fresh = self.attention(self.attention_norm(x), rotation, masks, cache)
         with jax.named_scope("mlp"):
             x = x + mixed
             return x + self.mlp(self.mlp_norm(x)), fresh
@@ -152,19 +160,18 @@ class Transformer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, tokens: Array, positions: Array, cache: Cache | None
+        self, tokens: Array, positions: Array, masks: Masks, cache: Cache | None
     ) -> tuple[Array, Array, Cache]:
         """Logits `[B, T, V]` float32, final hidden states, and the block's keys and values."""
         config = self.config
         x = jnp.take(self.embedding[...], tokens, axis=0)
         rotation = _rotation(positions, config)
-        starts = positions[:, 0]
         fresh = []
         # Unrolled: a scan over layers copied weights and caches each step, 1.8x to 3.1x slower.
         for index in range(config.n_layers):
             layer_cache = None if cache is None else cache[index]
             with jax.named_scope(f"layer_{index}"):
-                x, block = self.layers[str(index)](x, rotation, starts, layer_cache)
+                x, block = self.layers[str(index)](x, rotation, masks, layer_cache)
             fresh.append(block)
         x = self.final_norm(x)
         head = self.embedding if config.tie_embeddings else self.head
@@ -194,7 +201,8 @@ def forward(config: Config, params: Params, tokens: Array) -> Array:
       `[B, T, V]` float32; `logits[:, t]` depends on `tokens[:, :t + 1]` only.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    logits, _, _ = _merge(config, params)(tokens, positions, None)
+    masks = Masks(cache=None, block=_causal(tokens.shape[1]))
+    logits, _, _ = _merge(config, params)(tokens, positions, masks, None)
     return logits
 
 
@@ -248,8 +256,56 @@ class TransformerLM(NamedTuple):
         Returns:
           logits `[B, T, V]` float32 and the new cache.
         """
-        logits, hidden, fresh = _merge(self.config, params)(tokens, positions, cache)
-        return logits, _write(cache, fresh, positions[:, 0], hidden)
+        starts = positions[:, 0]
+        # Slots at or above the block's start may hold anything.
+        filled = jnp.arange(_num_slots(cache))[None, :] < starts[:, None]
+        masks = Masks(cache=filled[:, None, :], block=_causal(tokens.shape[1]))
+        logits, hidden, fresh = _merge(self.config, params)(tokens, positions, masks, cache)
+        return logits, _write(cache, fresh, starts, hidden)
+
+    def apply_tree(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        cache: Cache,
+        starts: Array,
+        seen: Array,
+    ) -> tuple[Array, Cache]:
+        """Logits of some nodes of a tree, and the cache with their keys and values in it.
+
+        Args:
+          params: nested dict of arrays.
+          tokens: `[B, T]` int32, nodes W - T to W - 1.
+          positions: `[B, T]` int32, those of their depths.
+          cache: with the nodes before them at slots `starts` to `starts + W - T - 1`.
+          starts: `[B]` int32, where the tree begins.
+          seen: `[B, T, W]` bool, the nodes on each node's path, itself included.
+
+        Returns:
+          logits `[B, T, V]` float32 and the new cache.
+        """
+        before = seen.shape[2] - tokens.shape[1]
+        slot = jnp.arange(_num_slots(cache), dtype=jnp.int32)[None, :] - starts[:, None]
+        visible = (slot < 0)[:, None, :]
+        if before:
+            in_tree = (slot >= 0) & (slot < before)
+            index = jnp.clip(slot, 0, before - 1)[:, None, :]
+            index = jnp.broadcast_to(index, (*seen.shape[:2], index.shape[2]))
+            on_path = jnp.take_along_axis(seen[:, :, :before], index, axis=2)
+            visible |= in_tree[:, None, :] & on_path
+        masks = Masks(cache=visible, block=seen[:, :, before:])
+        logits, hidden, fresh = _merge(self.config, params)(tokens, positions, masks, cache)
+        return logits, _write(cache, fresh, starts + before, hidden)
+
+    def keep(self, cache: Cache, starts: Array, sources: Array) -> Cache:
+        """Moves slots `sources` `[B, D]` to `starts` and the slots after it."""
+
+        def move(buffer: Array) -> Array:
+            path = jnp.take_along_axis(buffer, sources[:, None, :, None], axis=2)
+            return _write_rows(buffer, path, starts)
+
+        return jax.tree.map(move, cache)
 
 
 def language_model(config: Config, cache_dtype: Any = jnp.float32) -> TransformerLM:
@@ -294,6 +350,24 @@ def _merge(config: Config, params: Params) -> Transformer:
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Array:
     return scale * shape[-1] ** -0.5 * jax.random.normal(rngs.params(), shape)
+
+
+def _causal(length: int) -> Array:
+    rows = jnp.arange(length)
+    return (rows[:, None] >= rows[None, :])[None]
+
+
+def _num_slots(cache: Cache) -> int:
+    return cache[0].keys.shape[2]
+
+
+def _per_group(mask: Array, group: int) -> Array:
+    """A mask `[B, T or 1, S]` for scores `[B, H_kv, G T, S]`: the query heads share it."""
+    batch, length, slots = mask.shape
+    if length == 1:
+        return mask[:, None]
+    mask = jnp.broadcast_to(mask[:, None], (batch, group, length, slots))
+    return mask.reshape(batch, 1, group * length, slots)
 
 
 def _rotation(positions: Array, config: Config) -> Array:
@@ -385,25 +459,24 @@ def _write(cache: Cache, fresh: Cache, starts: Array, hidden: Array) -> Cache:
     never = (jnp.argmax(hidden.reshape(hidden.shape[0], -1), axis=-1) < 0).astype(starts.dtype)
     starts = starts + never
 
-    def write(buffer: Array, block: Array) -> Array:
-        block = block.astype(buffer.dtype)
-        if buffer.shape[0] > _MAX_UNROLLED_ROWS:
+    return jax.tree.map(lambda buffer, block: _write_rows(buffer, block, starts), cache, fresh)
 
-            def row(index: Array, buffer: Array) -> Array:
-                one = lax.dynamic_slice_in_dim(block, index, 1, axis=0)
-                return lax.dynamic_update_slice(buffer, one, (index, 0, starts[index], 0))
 
-            return lax.fori_loop(0, buffer.shape[0], row, buffer)
-        for index in range(buffer.shape[0]):
-            buffer = lax.dynamic_update_slice(
-                buffer, block[index : index + 1], (index, 0, starts[index], 0)
-            )
-        return buffer
+def _write_rows(buffer: Array, block: Array, starts: Array) -> Array:
+    """Puts rows `[B, H_kv, T, D]` into a buffer, each at its own slot."""
+    block = block.astype(buffer.dtype)
+    if buffer.shape[0] > _MAX_UNROLLED_ROWS:
 
-    return tuple(
-        LayerCache(write(layer.keys, block.keys), write(layer.values, block.values))
-        for layer, block in zip(cache, fresh, strict=True)
-    )
+        def row(index: Array, buffer: Array) -> Array:
+            one = lax.dynamic_slice_in_dim(block, index, 1, axis=0)
+            return lax.dynamic_update_slice(buffer, one, (index, 0, starts[index], 0))
+
+        return lax.fori_loop(0, buffer.shape[0], row, buffer)
+    for index in range(buffer.shape[0]):
+        buffer = lax.dynamic_update_slice(
+            buffer, block[index : index + 1], (index, 0, starts[index], 0)
+        )
+    return buffer
 
 
 # Beyond this many rows the program text would grow past what unrolling saves.

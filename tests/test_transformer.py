@@ -188,7 +188,7 @@ def test_parameter_count_of_any_shape_equals_that_of_the_cost_model(data):
 
 
 def shape(config):
-    same = [name for name in costmodel.Shape._fields if name != "tied_embeddings"]
+    same = [name for name in costmodel.Shape._fields if hasattr(config, name)]
     fields = {name: getattr(config, name) for name in same}
     return costmodel.Shape(**fields, tied_embeddings=config.tie_embeddings)
 

@@ -208,7 +208,7 @@ def summarize(infos: list[jaxsd.StepInfo], num_draft_tokens: int) -> dict[str, A
 
 def describe_statistics(stats: jaxsd.Statistics) -> dict[str, Any]:
     """The counts of all rows together, and what they mean, as JSON values."""
-    stats = stats_lib.total(jaxsd.Statistics(*(jax.numpy.asarray(field) for field in stats)))
+    stats = stats_lib.total(jax.tree.map(jax.numpy.asarray, stats))
     return {
         "num_rounds": int(stats.num_rounds),
         "num_drafted": int(stats.num_drafted),

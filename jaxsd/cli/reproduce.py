@@ -9,8 +9,8 @@ import tyro
 
 from . import reproduction
 
-Paper = Literal["sdsl"]
-PAPERS: tuple[Paper, ...] = ("sdsl",)
+Paper = Literal["sdsl", "theory", "batching"]
+PAPERS: tuple[Paper, ...] = ("sdsl", "theory", "batching")
 
 
 def reproduce(
@@ -20,7 +20,8 @@ def reproduce(
     """Computes the tables and figures of papers again and compares.
 
     sdsl is arXiv 2603.11053 (draft size and acceptance), with the published measurements that the
-    cost model rests on.
+    cost model rests on; theory is arXiv 2411.00841 (rejections, several drafts, bias against
+    speed); batching is arXiv 2310.18813 (draft length by batch size, and its server).
 
     Args:
       paper: which; by default all of them.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import rich.box
 import rich.console
+import rich.markup
 import rich.table
 
 COLORS = ("#0b5fa5", "#d1495b", "#2e8b57", "#e09f3e", "#6a4c93", "#3c3c3c", "#7fb7be", "#a0522d")
@@ -64,7 +65,7 @@ class Reproduction(NamedTuple):
     paper: str
     tables: list[Table]
     figures: list[Figure]
-    errata: list[str]  # what in the paper cannot be as printed, and what reproduces its numbers
+    errata: list[str]  # what in the paper cannot be as printed, or is unknown, and what we did
 
 
 def agrees(row: Comparison) -> bool | None:
@@ -91,15 +92,15 @@ def show(reproduction: Reproduction) -> None:
     for table in reproduction.tables:
         console.print(_rich_table(table))
         if table.note:
-            console.print(f"[dim]{table.note}[/dim]")
+            console.print(f"[dim]{rich.markup.escape(table.note)}[/dim]")
         console.print()
     if reproduction.errata:
-        console.print("[bold]Errata[/bold]")
+        console.print("[bold]Errata and remarks[/bold]")
         for text in reproduction.errata:
-            console.print(f"- {text}")
+            console.print(f"- {rich.markup.escape(text)}")
         console.print()
     judged, agreeing = count(reproduction)
-    console.print(f"{agreeing} of {judged} judged figures agree with the paper's.")
+    console.print(f"{agreeing} of {judged} judged figures agree.")
 
 
 def count(reproduction: Reproduction) -> tuple[int, int]:

@@ -426,7 +426,7 @@ def _draw_lengths(panel: Any, asked: Asked, best: Any, interval: Any) -> None:
     panel.set_xticks(gammas[::2])
     panel.set_xlabel("draft tokens per round")
     panel.set_ylabel("speed-up")
-    panel.legend(loc="lower center")
+    panel.legend(loc="lower center", bbox_to_anchor=(0.5, 0.06))
 
 
 def _draw_region(canvas: Any, panel: Any, asked: Asked, result: Any) -> None:
