@@ -116,8 +116,9 @@ def marginal_gain(
 ) -> Array:
     """Returns by which share of itself goodput grows with one more drafted token.
 
-    The first-order condition is that this be 0. It falls in gamma for curves that bend down and
-    times that do not, so there is one best length.
+    The first-order condition is that this be 0. For curves that bend down and times that do not it
+    is positive up to one best length and negative from there on. Of a power curve at 0, where it is
+    infinitely steep, only the loss is counted.
 
         d ln goodput / d gamma = l'(gamma) / (1 + l(gamma)) - T'(b, gamma) / T(b, gamma)
 

@@ -11,7 +11,8 @@ _here = pathlib.Path(__file__).parent
 if not (_here / "models").is_dir():
     __path__.append(str(_here.parent))
 
-from . import stats, testing, trees  # noqa: E402
+from . import constraints, stats, testing, trees  # noqa: E402
+from .constraints import Constraints, Grammar, stop_sequences, table_grammar  # noqa: E402
 from .decoding import UNTIL_DONE, speculative  # noqa: E402
 from .drafters import (  # noqa: E402
     confident_tree_drafter,
@@ -28,8 +29,10 @@ from .types import (  # noqa: E402
     Drafter,
     Generation,
     LanguageModel,
+    LossyVerifier,
     Proposal,
     Sampling,
+    SharedState,
     Statistics,
     StepInfo,
     TreeLanguageModel,
@@ -52,14 +55,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNTIL_DONE",
+    "Constraints",
     "DecodeState",
     "Decoder",
     "Draft",
     "Drafter",
     "Generation",
+    "Grammar",
     "LanguageModel",
+    "LossyVerifier",
     "Proposal",
     "Sampling",
+    "SharedState",
     "Statistics",
     "StepInfo",
     "TreeLanguageModel",
@@ -68,6 +75,7 @@ __all__ = [
     "block_verification",
     "categorical",
     "confident_tree_drafter",
+    "constraints",
     "gumbel_coupling",
     "k_sequential",
     "model_drafter",
@@ -80,6 +88,8 @@ __all__ = [
     "shares_noise",
     "speculative",
     "stats",
+    "stop_sequences",
+    "table_grammar",
     "target_matching",
     "testing",
     "traversal_verification",

@@ -10,8 +10,11 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from . import constraints as constraints_lib
 from . import sampling as sampling_lib
 from . import verifiers
+from .constraints import NONE as NO_CONSTRAINTS
+from .constraints import Constraints, Grammar
 from .drafters import block_positions
 from .types import (
     Decoder,
@@ -20,9 +23,11 @@ from .types import (
     Drafter,
     Generation,
     LanguageModel,
+    LossyVerifier,
     Params,
     Proposal,
     Sampling,
+    SharedState,
     Statistics,
     StepInfo,
     TreeLanguageModel,
@@ -41,11 +46,13 @@ UNTIL_DONE = np.int32(np.iinfo(np.int32).max)
 def speculative(
     target: LanguageModel,
     drafter: Drafter,
-    verifier: Verifier = verifiers.rejection_sampling,
+    verifier: Verifier | LossyVerifier = verifiers.block_verification,
     *,
     max_len: int,
     eos_id: int | Sequence[int] | None = None,
     pad_id: int = 0,
+    grammar: Grammar | None = None,
+    log_probs: bool = False,
 ) -> Decoder:
     """Speculative decoding of `target` with tokens proposed by `drafter`.
 
@@ -62,18 +69,22 @@ def speculative(
     Args:
       target: the model whose law the output has.
       drafter: who proposes; `no_drafter()` is plain decoding.
-      verifier: who decides.
+      verifier: who decides; by default the rule that accepts most of a chain. A tree needs one for
+        trees; a `LossyVerifier` gives up exactness for speed, by a stated amount.
       max_len: length L of the token buffer, prompt included.
       eos_id: token id, or ids, that end a row; the row keeps the id and nothing after it.
       pad_id: fills the buffer beyond a row's length.
+      grammar: which tokens may follow, by a function on the device.
+      log_probs: also return the target's log-probability of every generated token; no extra pass.
 
     Returns:
       A `Decoder`. Its `generate(params, prompts, prompt_lengths, key, *, sampling, max_new_tokens)`
       takes `params` as a dict by role (`{"target": ..., "draft": ...}`); prompts `[B, P]` padded on
       the right; lengths `[B]` or None if no row is padded; one key, or `[B]` keys, one per row, so
       that a row's text depends on its own key, prompt and settings alone; sampling fields and
-      `max_new_tokens` scalar or `[B]`. It stops a row at `eos_id`, after `max_new_tokens`, or when
-      the buffer is full.
+      `max_new_tokens` scalar or `[B]`; and `constraints` (penalties, biases, forbidden tokens, a
+      least length, stop sequences: see `jaxsd.Constraints`). It stops a row at `eos_id`, at a stop
+      sequence, after `max_new_tokens`, or when the buffer is full.
 
     Raises:
       ValueError: here or in the returned functions, before anything is traced, naming the argument,
@@ -103,6 +114,7 @@ def speculative(
             "this drafter proposes trees"
         )
     is_keyed_by_place = getattr(verifier, "shares_noise", False)
+    is_lossy = getattr(verifier, "is_lossy", False)
 
     def init(
         params: Params,
@@ -112,13 +124,22 @@ def speculative(
         *,
         sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
+        constraints: Constraints = NO_CONSTRAINTS,
     ) -> DecodeState:
         _check_params(params, drafter)
-        request = _checked_request(prompts, prompt_lengths, key, sampling, max_new_tokens, max_len)
+        request = _checked_request(
+            prompts, prompt_lengths, key, sampling, max_new_tokens, max_len, constraints
+        )
         return prefill(params, *request)
 
     def prefill(
-        params: Params, prompts: Array, lengths: Array, key: Array, sampling: Sampling, new: Array
+        params: Params,
+        prompts: Array,
+        lengths: Array,
+        key: Array,
+        sampling: Sampling,
+        new: Array,
+        constraints: Constraints,
     ) -> DecodeState:
         """Allocates every buffer at its final size and reads the prompts, in one pass per model."""
         batch_size, width = prompts.shape
@@ -128,9 +149,10 @@ def speculative(
         # A block may begin at the last place of the buffer: K more slots keep every write in range.
         cache = target.init_cache(batch_size, max_len + num_tokens)
         # The logits are not used, so the compiler drops the vocabulary projection.
-        _, cache = target.apply(
+        logits, cache = target.apply(
             params["target"], tokens[:, :width], block_positions(prompts, lengths), cache
         )
+        vocab_size = logits.shape[-1]
         state = drafter.init(params, batch_size, max_len)
         # Lengths are at least 1, so neither sum can wrap, however large the limit.
         limits = lengths + jnp.minimum(new, max_len - lengths)
@@ -150,26 +172,56 @@ def speculative(
                 num_accepted=zeros,
                 accepted_by_position=jnp.zeros((batch_size, num_tokens), jnp.int32),
                 accepted_by_node=jnp.zeros((batch_size, num_tokens), jnp.int32),
+                loss=jnp.zeros((batch_size,), jnp.float32),
             ),
+            rules=constraints_lib.begin(constraints, grammar, prompts, lengths, vocab_size),
+            log_probs=jnp.zeros((batch_size, max_len), jnp.float32) if log_probs else None,
         )
 
     def step(params: Params, state: DecodeState) -> tuple[DecodeState, StepInfo]:
         draft_keys, verify_keys = round_keys(state)
+        loss = cast(Array, state.stats.loss)
 
         with jax.named_scope("draft"):
+            drafter_state = state.drafter_state
+            if drafter.shares_target_cache:
+                drafter_state = SharedState(drafter_state, state.target_cache)
+            sampling: Any = state.sampling
+            if state.rules is not None:
+                guide = constraints_lib.Guide(state.rules, grammar, eos_ids)
+                sampling = constraints_lib.GuidedSampling(*sampling, guide)
             proposal = drafter.propose(
-                params, state.drafter_state, state.tokens, state.lengths, draft_keys, state.sampling
+                params, drafter_state, state.tokens, state.lengths, draft_keys, sampling
             )
+            drafter_state, cache = proposal.state, state.target_cache
+            if drafter.shares_target_cache:
+                drafter_state, cache = proposal.state
         with jax.named_scope("verify"):
             last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
             block = jnp.concatenate([last, proposal.tokens], axis=1)  # [B, K + 1]
-            logits, cache = score(params, state, block, proposal.parents)
+            logits, cache = score(params, state.lengths - 1, block, proposal.parents, cache)
             _check_logits(logits, block.shape)
-            target_probs = sampling_lib.probabilities(logits, state.sampling)
+            constrained = logits
+            if state.rules is not None:
+                constrained = constraints_lib.apply(
+                    state.rules,
+                    grammar,
+                    logits,
+                    state.lengths,
+                    proposal.tokens,
+                    proposal.parents,
+                    eos_ids,
+                )
+            target_probs = sampling_lib.probabilities(constrained, state.sampling)
             draft, proposed = _draft(proposal, target_probs)
-            verdict = jax.vmap(verifier)(verify_keys, target_probs, draft)
+            if is_lossy:
+                verdict = jax.vmap(cast(LossyVerifier, verifier))(
+                    verify_keys, target_probs, draft, loss
+                )
+            else:
+                verdict = jax.vmap(cast(Verifier, verifier))(verify_keys, target_probs, draft)
 
-        drafter_state, hit = proposal.state, None
+        hit = None
         if drafter.depth is not None:
             path = _path(verdict, proposal)[:, : drafter.depth]
             with jax.named_scope("keep"):
@@ -185,6 +237,12 @@ def speculative(
 
         with jax.named_scope("commit"):
             tokens, committed, num_committed, done = commit(state, verdict)
+            rules, scores = state.rules, state.log_probs
+            if rules is not None:
+                rules = constraints_lib.advance(rules, grammar, verdict.tokens, num_committed)
+            if scores is not None:
+                own = _log_probs(logits, verdict)
+                scores = write(scores, own, state.lengths, num_committed)
         active = ~state.done
         counted = jnp.where(active, verdict.num_accepted, 0)
         info = StepInfo(
@@ -203,6 +261,7 @@ def speculative(
             num_accepted=state.stats.num_accepted + counted,
             accepted_by_position=state.stats.accepted_by_position + reached,
             accepted_by_node=cast(Array, state.stats.accepted_by_node) + hit,
+            loss=loss if verdict.loss is None else jnp.where(active, loss + verdict.loss, loss),
         )
         state = state._replace(
             tokens=tokens,
@@ -211,6 +270,8 @@ def speculative(
             target_cache=cache,
             drafter_state=drafter_state,
             stats=stats,
+            rules=rules,
+            log_probs=scores,
         )
         return state, info
 
@@ -226,20 +287,19 @@ def speculative(
         return draft_keys, verify_keys
 
     def score(
-        params: Params, state: DecodeState, block: Array, parents: Array | None
+        params: Params, starts: Array, block: Array, parents: Array | None, cache: Any
     ) -> tuple[Array, Any]:
         """The target's logits `[B, K + 1, V]` after the last token and after every draft token."""
-        starts = state.lengths - 1
         if parents is None:
             offsets = jnp.arange(num_tokens + 1, dtype=jnp.int32)
             positions = starts[:, None] + offsets[None, :]
-            return target.apply(params["target"], block, positions, state.target_cache)
+            return target.apply(params["target"], block, positions, cache)
         root = jnp.arange(num_tokens + 1)[None, :] == 0
         paths = jax.vmap(ancestors)(parents)
         seen = jnp.concatenate([jnp.broadcast_to(root, (len(paths), *root.shape)), paths], axis=1)
         positions = starts[:, None] + jnp.sum(seen, axis=2, dtype=jnp.int32) - 1
         return _tree_model(target).apply_tree(
-            params["target"], block, positions, state.target_cache, starts, seen
+            params["target"], block, positions, cache, starts, seen
         )
 
     def commit(state: DecodeState, verdict: Verdict) -> tuple[Array, Array, Array, Array]:
@@ -251,19 +311,27 @@ def speculative(
         is_end = jnp.zeros(verdict.tokens.shape, bool)
         for one in eos_ids:
             is_end |= verdict.tokens == one
+        if state.rules is not None:
+            is_end |= constraints_lib.stops(
+                state.rules, state.tokens, state.lengths, verdict.tokens
+            )
         is_end &= place <= verdict.num_accepted[:, None]
         room = state.limits - state.lengths
         num_committed = jnp.minimum(verdict.num_accepted + 1, room)
         until_end = jnp.min(jnp.where(is_end, place + 1, num_tokens + 2), axis=1)
         num_committed = jnp.where(state.done, 0, jnp.minimum(num_committed, until_end))
         ended = (until_end <= num_committed) | (state.lengths + num_committed >= state.limits)
-        inside = place < num_committed[:, None]
-        # Places that are not written point past the buffer, where a write is dropped.
-        target_index = jnp.where(inside, state.lengths[:, None] + place, max_len)
-        row = jnp.arange(state.tokens.shape[0], dtype=jnp.int32)[:, None]
-        tokens = state.tokens.at[row, target_index].set(verdict.tokens, mode="drop")
-        committed = jnp.where(inside, verdict.tokens, pad_id)
+        tokens = write(state.tokens, verdict.tokens, state.lengths, num_committed)
+        committed = jnp.where(place < num_committed[:, None], verdict.tokens, pad_id)
         return tokens, committed, num_committed, state.done | ended
+
+    def write(buffer: Array, values: Array, lengths: Array, count: Array) -> Array:
+        """The first `count` `[B]` of `values` `[B, K + 1]` put behind every row's text."""
+        place = jnp.arange(num_tokens + 1, dtype=jnp.int32)[None, :]
+        # Places that are not written point past the buffer, where a write is dropped.
+        index = jnp.where(place < count[:, None], lengths[:, None] + place, max_len)
+        row = jnp.arange(buffer.shape[0], dtype=jnp.int32)[:, None]
+        return buffer.at[row, index].set(values, mode="drop")
 
     def run(params: Params, state: DecodeState, max_rounds: Array) -> DecodeState:
         def is_unfinished(carry: tuple[DecodeState, Array]) -> Array:
@@ -289,9 +357,12 @@ def speculative(
         *,
         sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
+        constraints: Constraints = NO_CONSTRAINTS,
     ) -> DecodeState:
         _check_params(params, drafter)
-        request = _checked_request(prompts, prompt_lengths, key, sampling, max_new_tokens, max_len)
+        request = _checked_request(
+            prompts, prompt_lengths, key, sampling, max_new_tokens, max_len, constraints
+        )
         return compiled_prefill(params, *request)
 
     def generate(
@@ -302,12 +373,19 @@ def speculative(
         *,
         sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
+        constraints: Constraints = NO_CONSTRAINTS,
     ) -> Generation:
         state = start(
-            params, prompts, prompt_lengths, key, sampling=sampling, max_new_tokens=max_new_tokens
+            params,
+            prompts,
+            prompt_lengths,
+            key,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            constraints=constraints,
         )
         state = compiled_run(params, state, UNTIL_DONE)
-        return Generation(tokens=state.tokens, lengths=state.lengths, stats=state.stats)
+        return Generation(state.tokens, state.lengths, state.stats, state.log_probs)
 
     def stream(
         params: Params,
@@ -317,10 +395,17 @@ def speculative(
         *,
         sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
+        constraints: Constraints = NO_CONSTRAINTS,
     ) -> Iterator[StepInfo]:
         # Checked and prefilled at the call, not at the first `next`: errors belong to the caller.
         state = start(
-            params, prompts, prompt_lengths, key, sampling=sampling, max_new_tokens=max_new_tokens
+            params,
+            prompts,
+            prompt_lengths,
+            key,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            constraints=constraints,
         )
         return rounds(params, state)
 
@@ -376,6 +461,17 @@ def _draft(proposal: Any, target_probs: Array) -> tuple[Draft, Array]:
     return Draft(tokens=proposal.tokens, probs=probs, parents=proposal.parents), proposed
 
 
+def _log_probs(logits: Array, verdict: Verdict) -> Array:
+    """The target's log-probabilities `[B, K + 1]` of a verdict's tokens, before any setting."""
+    batch_size, width = verdict.tokens.shape
+    rows = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], (batch_size, width))
+    if verdict.path is not None:  # the token after a node is scored in the node's row
+        rows = jnp.concatenate([rows[:, :1], verdict.path + 1], axis=1)
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    index = rows * logits.shape[2] + verdict.tokens
+    return jnp.take_along_axis(scores.reshape(batch_size, -1), index, axis=1)
+
+
 def _path(verdict: Verdict, proposal: Proposal) -> Array:
     """The accepted nodes `[B, K]` of a tree."""
     if verdict.path is None or proposal.parents is None:
@@ -407,7 +503,8 @@ def _checked_request(
     sampling: Sampling,
     max_new_tokens: ArrayLike | None,
     max_len: int,
-) -> tuple[Array, Array, Array, Sampling, Array]:
+    constraints: Constraints,
+) -> tuple[Array, Array, Array, Sampling, Array, Constraints]:
     """The request as arrays of fixed types, so that no second call is traced anew.
 
     Concrete values are checked; traced ones (a caller that jits `init`) only in their shapes.
@@ -440,7 +537,8 @@ def _checked_request(
         raise ValueError(f"key={key!r} must be made by jax.random.key (one, or one per row)")
     if key.shape not in ((), (batch_size,)):
         raise ValueError(f"key has shape {key.shape}; wanted () or one per row, ({batch_size},)")
-    return tokens, lengths, key, Sampling(*fields), new
+    rules = constraints_lib.checked(constraints, batch_size)
+    return tokens, lengths, key, Sampling(*fields), new, rules
 
 
 def _is_concrete(value: object) -> bool:

@@ -92,7 +92,15 @@ def model_drafter(
                 "True for jaxsd.gumbel_coupling, False for others"
             )
 
-        def draw(logits: Array, index: Array | int) -> tuple[Array, Array]:
+        guide = getattr(sampling, "guide", None)
+
+        def draw(logits: Array, index: Array | int, rules: Any) -> tuple[Array, Array, Any]:
+            if guide is not None:
+                logits = guide.constrain(rules, logits, lengths + index)
+            token, probs = sample(logits, index)
+            return token, probs, rules if guide is None else guide.advance(rules, token)
+
+        def sample(logits: Array, index: Array | int) -> tuple[Array, Array]:
             probs = sampling_lib.probabilities(logits, sampling)
             if shares_noise:
                 place_keys = jnp.take(keys, index, axis=1)
@@ -101,17 +109,17 @@ def model_drafter(
             return jax.vmap(sampling_lib.categorical)(step_keys, probs), probs
 
         logits, cache = read_last(model, params[name], state, tokens, lengths)
-        token, probs = draw(logits, 0)
+        token, probs, rules = draw(logits, 0, None if guide is None else guide.rules)
 
-        def extend(carry: tuple[Array, object], index: Array) -> tuple[tuple, tuple]:
-            token, cache = carry
+        def extend(carry: tuple[Array, object, Any], index: Array) -> tuple[tuple, tuple]:
+            token, cache, rules = carry
             positions = (lengths + index)[:, None]
             logits, cache = model.apply(params[name], token[:, None], positions, cache)
-            token, probs = draw(logits[:, 0], index + 1)
-            return (token, cache), (token, probs)
+            token, probs, rules = draw(logits[:, 0], index + 1, rules)
+            return (token, cache, rules), (token, probs)
 
         steps = jnp.arange(num_tokens - 1, dtype=jnp.int32)
-        (_, cache), (more, more_probs) = lax.scan(extend, (token, cache), steps)
+        (_, cache, _), (more, more_probs) = lax.scan(extend, (token, cache, rules), steps)
         return Proposal(
             tokens=jnp.concatenate([token[:, None], more.T], axis=1),
             probs=jnp.concatenate([probs[:, None], more_probs.swapaxes(0, 1)], axis=1),
@@ -383,7 +391,8 @@ def draw_families(
     batch, num_families, size = logits.shape
     heads = jnp.array([family[0] for family in families], jnp.uint32)
     fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(0, None))
-    rows = Sampling(*(jnp.repeat(jnp.asarray(field), num_families) for field in sampling))
+    fields = (sampling.temperature, sampling.top_k, sampling.top_p)
+    rows = Sampling(*(jnp.repeat(jnp.asarray(field), num_families) for field in fields))
     tokens, laws = draw_siblings(
         fold(keys, heads).reshape(-1), logits.reshape(-1, size), rows, len(families[0]), siblings
     )

@@ -300,7 +300,7 @@ def check_function(
         key: Array, tokens: Array, probs: Array, target: Array, parents: Array
     ) -> tuple[Any, Any, Any]:
         del parents
-        emitted, num_accepted = fn(key, tokens, probs, target)
+        emitted, num_accepted, *_ = fn(key, tokens, probs, target)  # or a Verdict
         emitted = jnp.asarray(emitted).astype(jnp.int32)
         width = tokens.shape[0] + 1
         if emitted.ndim == 1:

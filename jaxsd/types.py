@@ -128,11 +128,14 @@ class Verdict(NamedTuple):
     num_accepted: `[]` int32 in 0..K.
     path: `[K]` int32, the accepted tokens' places in a tree, from the root on, then anything; None
       for a chain.
+    loss: `[]` float32, sum over the emitted places of the total variation between what was drawn
+      from there and the target's law; None for a lossless verifier, where it is 0.
     """
 
     tokens: Array
     num_accepted: Array
     path: Array | None = None
+    loss: Array | None = None
 
 
 class Verifier(Protocol):
@@ -145,6 +148,21 @@ class Verifier(Protocol):
     def __call__(self, key: Array, target_probs: Array, draft: Draft, /) -> Verdict:
         """`key` is consumed; `target_probs` is `[K + 1, V]`, row 0 after the committed text, row
         i + 1 after draft token i (and, in a tree, those above it)."""
+        ...
+
+
+class LossyVerifier(Protocol):
+    """Decides which draft tokens stand, with a stated bias; marked by `is_lossy = True`.
+
+    Its verdict has a `loss`. By the chain rule the law of a whole text is within the expected sum
+    of losses of the target's, in total variation; where the rule keeps every row's sum below a
+    bound, within that bound.
+    """
+
+    is_lossy: bool
+
+    def __call__(self, key: Array, target_probs: Array, draft: Draft, spent: Array, /) -> Verdict:
+        """As of `Verifier`; `spent` is `[]` float32, the row's sum of losses before this round."""
         ...
 
 
@@ -223,6 +241,8 @@ class Drafter(NamedTuple):
     models: names under which `params` must hold this drafter's weights.
     depth: longest path of its trees; None if it proposes chains.
     keep: for trees, if the state has a cache.
+    shares_target_cache: `propose` is given a `SharedState` and returns one: it drafts with the
+      target's own layers and cache.
     """
 
     num_tokens: int
@@ -232,6 +252,19 @@ class Drafter(NamedTuple):
     propose: DrafterPropose
     depth: int | None = None
     keep: DrafterKeep | None = None
+    shares_target_cache: bool = False
+
+
+class SharedState(NamedTuple):
+    """What a drafter that shares the target's cache is given and returns.
+
+    own: its own state, as `init` and `prefill` made it.
+    target_cache: holds all committed tokens but the last; what is written beyond them, the target
+      writes anew.
+    """
+
+    own: Any
+    target_cache: Any
 
 
 class Statistics(NamedTuple):
@@ -244,6 +277,8 @@ class Statistics(NamedTuple):
     accepted_by_position: `[B, K]` int32, rounds in which at least i + 1 tokens were accepted.
     accepted_by_node: `[B, K]` int32, rounds in which node i of the draft tree was accepted; for
       chains the same.
+    loss: `[B]` float32, sum of the verifier's losses: the total variation between the row's law and
+      the target's is at most its mean over seeds. 0 for a lossless verifier.
     """
 
     num_rounds: Array
@@ -251,6 +286,7 @@ class Statistics(NamedTuple):
     num_accepted: Array
     accepted_by_position: Array
     accepted_by_node: Array | tuple[()] = ()
+    loss: Array | tuple[()] = ()
 
 
 class StepInfo(NamedTuple):
@@ -282,6 +318,8 @@ class DecodeState(NamedTuple):
     target_cache: holds all committed tokens but the last.
     drafter_state: the drafter's.
     stats: totals so far.
+    rules: `jaxsd.constraints.Rules`, or None.
+    log_probs: `[B, L]` float32 as in `Generation`, or None.
     """
 
     tokens: Array
@@ -293,6 +331,8 @@ class DecodeState(NamedTuple):
     target_cache: Any
     drafter_state: Any
     stats: Statistics
+    rules: Any = None
+    log_probs: Array | None = None
 
 
 class Generation(NamedTuple):
@@ -301,11 +341,15 @@ class Generation(NamedTuple):
     tokens: `[B, max_len]` int32, prompt, then generated tokens, then `pad_id`.
     lengths: `[B]` int32, prompt and generated tokens.
     stats: totals per row.
+    log_probs: `[B, max_len]` float32, of every generated token under the target, given the text
+      before it: of the model itself, before constraints, temperature and filters; 0 elsewhere. None
+      if they were not asked for.
     """
 
     tokens: Array
     lengths: Array
     stats: Statistics
+    log_probs: Array | None = None
 
 
 class DecoderInit(Protocol):
@@ -320,6 +364,7 @@ class DecoderInit(Protocol):
         *,
         sampling: Sampling = ...,
         max_new_tokens: ArrayLike | None = ...,
+        constraints: Any = ...,
     ) -> DecodeState: ...
 
 
@@ -341,6 +386,7 @@ class DecoderGenerate(Protocol):
         *,
         sampling: Sampling = ...,
         max_new_tokens: ArrayLike | None = ...,
+        constraints: Any = ...,
     ) -> Generation: ...
 
 
@@ -356,6 +402,7 @@ class DecoderStream(Protocol):
         *,
         sampling: Sampling = ...,
         max_new_tokens: ArrayLike | None = ...,
+        constraints: Any = ...,
     ) -> Iterator[StepInfo]: ...
 
 

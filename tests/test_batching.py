@@ -170,6 +170,18 @@ def test_best_length_of_a_power_solves_its_condition(ratio, gamma):
     assert found == pytest.approx(gamma, abs=0.05 if gamma > 1 else 0.006)
 
 
+@pytest.mark.parametrize("curve", [POWER, costmodel.GeometricCurve(0.8)])
+def test_whole_lengths_change_exactly_where_two_are_equally_good(curve):
+    """Both sides of the ratio at which (1 + r s) / (1 + l(s)) is that of one token less."""
+    with enable_x64():
+        lengths = np.asarray(costmodel.accepted_length(curve, np.arange(MOST + 1.0)))
+    for s in range(1, MOST + 1):
+        gained = lengths[s] - lengths[s - 1]
+        ratio = gained / (s * (1 + lengths[s - 1]) - (s - 1) * (1 + lengths[s]))
+        assert solved(curve, lines(ratio * (1 - 1e-6)), 1.0)[1] == s
+        assert solved(curve, lines(ratio * (1 + 1e-6)), 1.0)[1] == s - 1
+
+
 @pytest.mark.parametrize("alpha", [0.2, 0.6, 0.9])
 @pytest.mark.parametrize(("token", "draft"), [(0.0, 0.05), (0.1, 0.02), (0.3, 0.3)])
 def test_one_sequence_is_the_textbooks_optimum(alpha, token, draft, x64):
@@ -343,16 +355,17 @@ def test_marginal_gain_is_positive_up_to_the_best_length_and_negative_beyond(nam
     """And its integral is what the logarithm of goodput gains: the slope of nothing else."""
     curve, times, batch = EXAMPLES[name]
     best, _, per_token = solved(curve, times, batch)
-    gain = np.asarray(costmodel.marginal_gain(curve, times, batch, GRID))
+    middles = (GRID[1:] + GRID[:-1]) / 2
+    every = np.concatenate([GRID, middles, [best]])
+    every = np.asarray(costmodel.marginal_gain(curve, times, batch, every))
+    gain, between, at_best = np.split(every, [len(GRID), -1])
     # A power is infinitely steep at 0, and its slope there is given as 0.
     start = int(isinstance(curve, costmodel.PowerCurve))
     assert (gain[start:][GRID[start:] < best - 1e-3] > 0).all()
     assert (gain[best + 1e-3 < GRID] < 0).all()
-    at_best = float(costmodel.marginal_gain(curve, times, batch, best))
-    assert abs(at_best) < 1e-12
-    middles = np.asarray(costmodel.marginal_gain(curve, times, batch, (GRID[1:] + GRID[:-1]) / 2))
+    assert abs(float(at_best[0])) < 1e-12
     gained = -np.diff(np.log(per_token[:-1]))
-    np.testing.assert_allclose(middles[32:] / 32, gained[32:], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(between[32:] / 32, gained[32:], rtol=1e-3, atol=1e-6)
 
 
 def test_marginal_gain_of_the_first_token_counts_all_of_it(x64):
@@ -472,13 +485,14 @@ def test_gradients_match_finite_differences(name, x64):
 def test_second_derivatives_pass_through_the_root(x64):
     """The bisection is not differentiated; the rule in its place must itself differentiate."""
 
-    def best(alpha):
-        return costmodel.optimal_gamma_for_batch(costmodel.GeometricCurve(alpha), lines(0.1), 1.0)
+    def best(ratio):
+        times = lines(0.0)._replace(token_seconds=ratio * jnp.ones(3))
+        return costmodel.optimal_gamma_for_batch(POWER, times, 1.0, MOST)
 
-    step = 1e-3
-    ends = [solved(costmodel.GeometricCurve(0.8 + x), lines(0.1), 1.0)[0] for x in (-step, 0, step)]
+    step = 1e-4
+    ends = [solved(POWER, lines(0.2 + x), 1.0)[0] for x in (-step, 0.0, step)]
     difference = (ends[0] - 2 * ends[1] + ends[2]) / step**2
-    assert float(jax.jit(jax.hessian(best))(0.8)) == pytest.approx(difference, rel=1e-3)
+    assert float(jax.jit(jax.hessian(best))(0.2)) == pytest.approx(difference, rel=1e-4)
 
 
 def test_best_length_does_not_move_from_an_end_or_a_corner(x64):

@@ -28,13 +28,23 @@ DRAFTERS = {
     "none": jaxsd.no_drafter(),
     "model": jaxsd.model_drafter(models.language_model(DRAFT), num_tokens=4),
     "prompt_lookup": jaxsd.prompt_lookup(num_tokens=4),
+    "tree": jaxsd.tree_drafter(models.language_model(DRAFT), jaxsd.trees.balanced((2, 2))),
+    "confident tree": jaxsd.confident_tree_drafter(
+        models.language_model(DRAFT), 6, depth=2, width=2
+    ),
+}
+VERIFIERS = {
+    "tree": jaxsd.traversal_verification,
+    "confident tree": jaxsd.target_matching,
 }
 
 
-def abstract_loop(drafter, batch_size, target=TARGET, dtype=jnp.float32):
+def abstract_loop(
+    drafter, batch_size, target=TARGET, dtype=jnp.float32, verifier=jaxsd.block_verification
+):
     """A decoder and the shapes its loop takes, nothing allocated."""
     model = models.language_model(target, cache_dtype=dtype)
-    decoder = jaxsd.speculative(model, drafter, max_len=MAX_LEN)
+    decoder = jaxsd.speculative(model, drafter, verifier, max_len=MAX_LEN)
     params = {
         "target": models.abstract_params(target, dtype),
         "draft": models.abstract_params(DRAFT, jnp.float32),
@@ -48,7 +58,8 @@ def abstract_loop(drafter, batch_size, target=TARGET, dtype=jnp.float32):
 @functools.cache
 def compiled_loop(name, batch_size):
     """The loop's optimised text on this machine's CPU, its parameters' and its state's shapes."""
-    decoder, params, state = abstract_loop(DRAFTERS[name], batch_size)
+    verifier = VERIFIERS.get(name, jaxsd.block_verification)
+    decoder, params, state = abstract_loop(DRAFTERS[name], batch_size, verifier=verifier)
     return decoder.run.lower(params, state, jaxsd.UNTIL_DONE).compile().as_text(), params, state
 
 
@@ -128,15 +139,18 @@ import test_compile
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 mesh = Mesh(np.array(topology.devices[:1]), ("one",))
 place = NamedSharding(mesh, PartitionSpec())
-for batch_size in (1, 8):
+for name, batch_size in (("model", 1), ("model", 8), ("tree", 8)):
     decoder, params, state = test_compile.abstract_loop(
-        test_compile.DRAFTERS["model"], batch_size, dtype=test_compile.jnp.bfloat16
+        test_compile.DRAFTERS[name],
+        batch_size,
+        dtype=test_compile.jnp.bfloat16,
+        verifier=test_compile.VERIFIERS.get(name, test_compile.jaxsd.block_verification),
     )
     on_tpu = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     params, state = jax.tree.map(on_tpu, (params, state))
     text = decoder.run.lower(params, state, test_compile.jaxsd.UNTIL_DONE).compile().as_text()
     assert "while(" in text
-    print(batch_size, len(test_compile.cache_copies(text, state)))
+    print(name, batch_size, len(test_compile.cache_copies(text, state)))
 """
 
 
@@ -161,4 +175,4 @@ def test_loop_compiles_for_a_tpu_and_copies_no_cache(tmp_path):
         },
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["1", "0", "8", "0"]
+    assert done.stdout.splitlines() == ["model 1 0", "model 8 0", "tree 8 0"]

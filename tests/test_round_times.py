@@ -244,8 +244,13 @@ def test_fit_is_differentiable_and_traces(x64):
 
 @pytest.mark.parametrize("kind", TIMES)
 def test_gradients_match_finite_differences(kind, x64):
-    """By every field, by batch and by gamma, within the grid and beyond it."""
-    leaves, structure = jax.tree.flatten(TIMES[kind])
+    """By every field, by batch and by gamma, within the grid and beyond it.
+
+    Of hardware by its context and its chips alone; shapes and the rest are those of its passes.
+    """
+    is_hardware = kind == "hardware"
+    varied = (HARDWARE.context, HARDWARE.tensor_parallel) if is_hardware else TIMES[kind]
+    leaves, structure = jax.tree.flatten(varied)
     fields = [np.ravel(np.float64(leaf)) for leaf in leaves]
     ends = np.cumsum([*map(len, fields), 2])[:-1]
 
@@ -254,6 +259,8 @@ def test_gradients_match_finite_differences(kind, x64):
         shapes = [np.shape(leaf) for leaf in leaves]
         parts = [x.reshape(s) for x, s in zip(parts, shapes, strict=True)]
         times = jax.tree.unflatten(structure, parts)
+        if is_hardware:
+            times = HARDWARE._replace(context=times[0], tensor_parallel=times[1])
         return costmodel.round_seconds(times, batches, gammas) @ jnp.array([1.0, 2.0])
 
     point = np.concatenate([*fields, [2.7, 20.0], [3.4, 9.1]])
@@ -261,7 +268,17 @@ def test_gradients_match_finite_differences(kind, x64):
     assert_gradient_is_a_difference(lambda shares: 100 * seconds(point * shares), 0 * point + 1)
 
 
-_value_and_gradients = jax.jit(jax.value_and_grad(costmodel.round_seconds, argnums=(0, 1, 2)))
+@jax.jit
+def _value_and_gradients(*question):
+    """Of hardware only the context is not fixed."""
+
+    def seconds(times, batch, gamma):
+        if not isinstance(times, tuple):
+            times = HARDWARE._replace(context=times)
+        return costmodel.round_seconds(times, batch, gamma)
+
+    return jax.value_and_grad(seconds, argnums=(0, 1, 2))(*question)
+
 
 positive_seconds = st.floats(2**-30, 2**10, width=32)
 some_seconds = st.one_of(st.just(0.0), positive_seconds)
@@ -301,7 +318,7 @@ def rows(strategy, *shape):
             rows(some_seconds, 3),
         ),
         st.builds(costmodel.RooflineTimes, roofline, roofline),
-        st.builds(HARDWARE._replace, context=st.floats(0.0, 2**20, width=32)),
+        st.floats(0.0, 2**20, width=32),
     ),
     batch=st.floats(2**-4, 2**16, width=32),
     gamma=st.floats(0.0, 1000.0, width=32),

@@ -265,7 +265,9 @@ def _compile_parts(bench: Bench, step: Step) -> Parts:
 
 def _compile_speculation(bench: Bench, num_tokens: int, step: Step) -> Speculation:
     drafter = jaxsd.model_drafter(bench.draft_model, num_tokens)
-    decoder = jaxsd.speculative(bench.target_model, drafter, max_len=bench.max_len)
+    # The rule that the prediction is about; the default one accepts a little more.
+    rule = jaxsd.rejection_sampling
+    decoder = jaxsd.speculative(bench.target_model, drafter, rule, max_len=bench.max_len)
     began = time.perf_counter()
     state = bench.requests[0].start(decoder, bench.params, jax.random.key(0), HEADLINE, 2)
     step("compiling")
