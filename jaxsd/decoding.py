@@ -189,7 +189,8 @@ def speculative(
             sampling: Any = state.sampling
             if state.rules is not None:
                 guide = constraints_lib.Guide(state.rules, grammar, eos_ids)
-                sampling = constraints_lib.GuidedSampling(*sampling, guide)
+                temperature, top_k, top_p = state.sampling
+                sampling = constraints_lib.GuidedSampling(temperature, top_k, top_p, guide)
             proposal = drafter.propose(
                 params, drafter_state, state.tokens, state.lengths, draft_keys, sampling
             )
@@ -214,12 +215,9 @@ def speculative(
                 )
             target_probs = sampling_lib.probabilities(constrained, state.sampling)
             draft, proposed = _draft(proposal, target_probs)
-            if is_lossy:
-                verdict = jax.vmap(cast(LossyVerifier, verifier))(
-                    verify_keys, target_probs, draft, loss
-                )
-            else:
-                verdict = jax.vmap(cast(Verifier, verifier))(verify_keys, target_probs, draft)
+            rule: Any = verifier  # a verifier or a lossy one
+            spent = (loss,) if is_lossy else ()
+            verdict: Verdict = jax.vmap(rule)(verify_keys, target_probs, draft, *spent)
 
         hit = None
         if drafter.depth is not None:

@@ -159,7 +159,8 @@ class LossyVerifier(Protocol):
     bound, within that bound.
     """
 
-    is_lossy: bool
+    @property
+    def is_lossy(self) -> bool: ...
 
     def __call__(self, key: Array, target_probs: Array, draft: Draft, spent: Array, /) -> Verdict:
         """As of `Verifier`; `spent` is `[]` float32, the row's sum of losses before this round."""
