@@ -11,7 +11,7 @@ _here = pathlib.Path(__file__).parent
 if not (_here / "models").is_dir():
     __path__.append(str(_here.parent))
 
-from . import constraints, stats, testing, trees  # noqa: E402
+from . import constraints, lossy, stats, testing, trees  # noqa: E402
 from .constraints import Constraints, Grammar, stop_sequences, table_grammar  # noqa: E402
 from .decoding import UNTIL_DONE, speculative  # noqa: E402
 from .drafters import (  # noqa: E402
@@ -78,6 +78,7 @@ __all__ = [
     "constraints",
     "gumbel_coupling",
     "k_sequential",
+    "lossy",
     "model_drafter",
     "no_drafter",
     "optimal_acceptance",

@@ -218,7 +218,7 @@ def begin(
     batch_size = prompts.shape[0]
     in_prompt = counts = states = None
     if constraints.repetition_penalty is not None:
-        inside = jnp.arange(prompts.shape[1])[None, :] < lengths[:, None]
+        inside = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
         rows = jnp.arange(batch_size)[:, None]
         where = jnp.where(inside, prompts, vocab_size)
         in_prompt = jnp.zeros((batch_size, vocab_size), bool).at[rows, where].set(True, mode="drop")

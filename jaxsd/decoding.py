@@ -143,7 +143,7 @@ def speculative(
     ) -> DecodeState:
         """Allocates every buffer at its final size and reads the prompts, in one pass per model."""
         batch_size, width = prompts.shape
-        inside = jnp.arange(width)[None, :] < lengths[:, None]
+        inside = jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None]
         tokens = jnp.full((batch_size, max_len), pad_id, jnp.int32)
         tokens = tokens.at[:, :width].set(jnp.where(inside, prompts, pad_id))
         # A block may begin at the last place of the buffer: K more slots keep every write in range.
