@@ -12,6 +12,7 @@ if not (_here / "models").is_dir():
     __path__.append(str(_here.parent))
 
 from . import constraints, lossy, stats, testing, trees  # noqa: E402
+from .cascades import cascade_drafter  # noqa: E402
 from .constraints import Constraints, Grammar, stop_sequences, table_grammar  # noqa: E402
 from .decoding import UNTIL_DONE, speculative  # noqa: E402
 from .drafters import (  # noqa: E402
@@ -20,6 +21,15 @@ from .drafters import (  # noqa: E402
     no_drafter,
     prompt_lookup,
     tree_drafter,
+)
+from .early_exit import early_exit_drafter  # noqa: E402
+from .ngrams import (  # noqa: E402
+    NGramTable,
+    load_ngram_table,
+    ngram_drafter,
+    ngram_law,
+    ngram_table,
+    save_ngram_table,
 )
 from .sampling import categorical, probabilities  # noqa: E402
 from .types import (  # noqa: E402
@@ -50,6 +60,12 @@ from .verifiers import (  # noqa: E402
     target_matching,
     traversal_verification,
 )
+from .vocabularies import (  # noqa: E402
+    SharedVocabulary,
+    TranslatedParams,
+    shared_vocabulary_model,
+    translate_vocabulary,
+)
 
 __version__ = "0.1.0"
 
@@ -64,28 +80,39 @@ __all__ = [
     "Grammar",
     "LanguageModel",
     "LossyVerifier",
+    "NGramTable",
     "Proposal",
     "Sampling",
     "SharedState",
+    "SharedVocabulary",
     "Statistics",
     "StepInfo",
+    "TranslatedParams",
     "TreeLanguageModel",
     "Verdict",
     "Verifier",
     "block_verification",
+    "cascade_drafter",
     "categorical",
     "confident_tree_drafter",
     "constraints",
+    "early_exit_drafter",
     "gumbel_coupling",
     "k_sequential",
+    "load_ngram_table",
     "lossy",
     "model_drafter",
+    "ngram_drafter",
+    "ngram_law",
+    "ngram_table",
     "no_drafter",
     "optimal_acceptance",
     "probabilities",
     "prompt_lookup",
     "recursive_rejection",
     "rejection_sampling",
+    "save_ngram_table",
+    "shared_vocabulary_model",
     "shares_noise",
     "speculative",
     "stats",
@@ -93,6 +120,7 @@ __all__ = [
     "table_grammar",
     "target_matching",
     "testing",
+    "translate_vocabulary",
     "traversal_verification",
     "tree_drafter",
     "trees",

@@ -3,6 +3,7 @@
 from . import corpus, training
 from .checkpoint import Pretrained, check_pair, load_model, save_model
 from .configs import CONFIGS, Config
+from .early_exit import EarlyExitLM, exit_early
 from .embedded import load_embedded
 from .transformer import (
     TransformerLM,
@@ -16,11 +17,13 @@ from .transformer import (
 __all__ = [
     "CONFIGS",
     "Config",
+    "EarlyExitLM",
     "Pretrained",
     "TransformerLM",
     "abstract_params",
     "check_pair",
     "corpus",
+    "exit_early",
     "forward",
     "init_params",
     "language_model",

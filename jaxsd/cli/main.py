@@ -30,6 +30,7 @@ command. Wrong input ends with exit status 2; JAXSD_TRACEBACK=1 shows where it w
 COMMANDS = {
     "demo": "Decode real text with and without speculation; compare with the prediction.",
     "generate": "Continue a text, streamed as it comes.",
+    "bench": "Time drafters and verifiers against plain decoding and against each other.",
     "train": "Train a transformer on a folder of text.",
     "design": "Find the draft that makes a target fastest, before training it.",
     "estimate": "Predict the speed of a draft and a target that exist.",
