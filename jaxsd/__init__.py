@@ -11,7 +11,7 @@ _here = pathlib.Path(__file__).parent
 if not (_here / "models").is_dir():
     __path__.append(str(_here.parent))
 
-from . import constraints, lossy, stats, testing, trees  # noqa: E402
+from . import constraints, lengths, lossy, stats, testing, trees  # noqa: E402
 from .cascades import cascade_drafter  # noqa: E402
 from .constraints import Constraints, Grammar, stop_sequences, table_grammar  # noqa: E402
 from .decoding import UNTIL_DONE, speculative  # noqa: E402
@@ -23,6 +23,12 @@ from .drafters import (  # noqa: E402
     tree_drafter,
 )
 from .early_exit import early_exit_drafter  # noqa: E402
+from .lengths import (  # noqa: E402
+    LengthPolicy,
+    cost_aware_length,
+    fixed_length,
+    length_by_active,
+)
 from .ngrams import (  # noqa: E402
     NGramTable,
     load_ngram_table,
@@ -79,6 +85,7 @@ __all__ = [
     "Generation",
     "Grammar",
     "LanguageModel",
+    "LengthPolicy",
     "LossyVerifier",
     "NGramTable",
     "Proposal",
@@ -96,9 +103,13 @@ __all__ = [
     "categorical",
     "confident_tree_drafter",
     "constraints",
+    "cost_aware_length",
     "early_exit_drafter",
+    "fixed_length",
     "gumbel_coupling",
     "k_sequential",
+    "length_by_active",
+    "lengths",
     "load_ngram_table",
     "lossy",
     "model_drafter",

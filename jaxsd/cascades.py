@@ -10,6 +10,7 @@ from . import constraints as constraints_lib
 from . import sampling as sampling_lib
 from . import verifiers
 from .drafters import block_positions
+from .draws import law_shape
 from .types import Draft, Drafter, LanguageModel, Params, Proposal, Sampling, Verifier
 
 
@@ -168,11 +169,11 @@ def cascade_drafter(
             )
 
         room = jnp.zeros((batch_size, num_tokens), tokens.dtype)
-        vocab_size = _vocab_size(model, params[name], state.cache, tokens, lengths)
+        law = law_shape(model, params[name], state.cache, tokens, lengths)
         start = _Carry(
             tokens=jnp.concatenate([tokens, room], axis=1),
             lengths=lengths,
-            laws=jnp.zeros((batch_size, num_tokens, vocab_size), jnp.float32),
+            laws=jnp.zeros((batch_size, num_tokens, law.shape[-1]), law.dtype),
             cache=state.cache,
             # Tokens of the last round that the target did not take are not the text's.
             num_read=jnp.minimum(state.num_read, lengths - 1),
@@ -228,14 +229,6 @@ def _law(proposal: Proposal, probs: Array, is_read: Array) -> Array:
     if proposal.proposed is not None:
         is_read = is_read & proposal.proposed
     return jnp.where(is_read[:, :, None], law, jnp.zeros_like(law))
-
-
-def _vocab_size(
-    model: LanguageModel, params: Params, cache: Any, tokens: Array, lengths: Array
-) -> int:
-    """V, from the shapes alone."""
-    logits, _ = jax.eval_shape(model.apply, params, tokens[:, :1], lengths[:, None], cache)
-    return logits.shape[-1]
 
 
 def _check(inner_drafter: Drafter, num_tokens: int, verifier: Verifier) -> None:

@@ -11,11 +11,13 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from . import constraints as constraints_lib
+from . import lengths as lengths_lib
 from . import sampling as sampling_lib
 from . import verifiers
 from .constraints import NONE as NO_CONSTRAINTS
 from .constraints import Constraints, Grammar
 from .drafters import block_positions
+from .lengths import LengthPolicy
 from .types import (
     Decoder,
     DecodeState,
@@ -53,6 +55,7 @@ def speculative(
     pad_id: int = 0,
     grammar: Grammar | None = None,
     log_probs: bool = False,
+    draft_lengths: Sequence[int] | None = None,
 ) -> Decoder:
     """Speculative decoding of `target` with tokens proposed by `drafter`.
 
@@ -76,15 +79,19 @@ def speculative(
       pad_id: fills the buffer beyond a row's length.
       grammar: which tokens may follow, by a function on the device.
       log_probs: also return the target's log-probability of every generated token; no extra pass.
+      draft_lengths: lets a policy choose how many tokens every round drafts, from 0 to K. The
+        target's pass is compiled for each of these lengths, which rise to K; a round that drafts
+        fewer tokens takes the next. None: every round drafts K. For chains.
 
     Returns:
       A `Decoder`. Its `generate(params, prompts, prompt_lengths, key, *, sampling, max_new_tokens)`
       takes `params` as a dict by role (`{"target": ..., "draft": ...}`); prompts `[B, P]` padded on
       the right; lengths `[B]` or None if no row is padded; one key, or `[B]` keys, one per row, so
       that a row's text depends on its own key, prompt and settings alone; sampling fields and
-      `max_new_tokens` scalar or `[B]`; and `constraints` (penalties, biases, forbidden tokens, a
-      least length, stop sequences: see `jaxsd.Constraints`). It stops a row at `eos_id`, at a stop
-      sequence, after `max_new_tokens`, or when the buffer is full.
+      `max_new_tokens` scalar or `[B]`; `constraints` (penalties, biases, forbidden tokens, a
+      least length, stop sequences: see `jaxsd.Constraints`); and `policy` (see `jaxsd.lengths`; by
+      default K tokens a round). It stops a row at `eos_id`, at a stop sequence, after
+      `max_new_tokens`, or when the buffer is full.
 
     Raises:
       ValueError: here or in the returned functions, before anything is traced, naming the argument,
@@ -113,6 +120,9 @@ def speculative(
             f"target={target!r} must have apply_tree and keep (jaxsd.TreeLanguageModel): "
             "this drafter proposes trees"
         )
+    lengths_to_verify = (num_tokens,)
+    if draft_lengths is not None:
+        lengths_to_verify = lengths_lib.checked_lengths(draft_lengths, drafter)
     is_keyed_by_place = getattr(verifier, "shares_noise", False)
     is_lossy = getattr(verifier, "is_lossy", False)
 
@@ -125,12 +135,24 @@ def speculative(
         sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
         constraints: Constraints = NO_CONSTRAINTS,
+        policy: LengthPolicy | None = None,
     ) -> DecodeState:
         _check_params(params, drafter)
         request = _checked_request(
             prompts, prompt_lengths, key, sampling, max_new_tokens, max_len, constraints
         )
-        return prefill(params, *request)
+        chosen = checked_policy(policy, len(request[0]))
+        return prefill(params, *request, chosen)
+
+    def checked_policy(policy: LengthPolicy | None, batch_size: int) -> LengthPolicy | None:
+        if draft_lengths is None:
+            if policy is not None:
+                raise ValueError(
+                    "policy needs a decoder that can choose: speculative(..., draft_lengths=...)"
+                )
+            return None
+        policy = lengths_lib.fixed_length(num_tokens) if policy is None else policy
+        return lengths_lib.checked(policy, batch_size, num_tokens)
 
     def prefill(
         params: Params,
@@ -140,6 +162,7 @@ def speculative(
         sampling: Sampling,
         new: Array,
         constraints: Constraints,
+        policy: LengthPolicy | None,
     ) -> DecodeState:
         """Allocates every buffer at its final size and reads the prompts, in one pass per model."""
         batch_size, width = prompts.shape
@@ -173,51 +196,29 @@ def speculative(
                 accepted_by_position=jnp.zeros((batch_size, num_tokens), jnp.int32),
                 accepted_by_node=jnp.zeros((batch_size, num_tokens), jnp.int32),
                 loss=jnp.zeros((batch_size,), jnp.float32),
+                drafted_by_position=jnp.zeros((batch_size, num_tokens), jnp.int32),
             ),
             rules=constraints_lib.begin(constraints, grammar, prompts, lengths, vocab_size),
             log_probs=jnp.zeros((batch_size, max_len), jnp.float32) if log_probs else None,
+            policy=policy,
         )
 
     def step(params: Params, state: DecodeState) -> tuple[DecodeState, StepInfo]:
+        active = ~state.done
         draft_keys, verify_keys = round_keys(state)
-        loss = cast(Array, state.stats.loss)
-
+        count = None
+        if state.policy is not None:
+            # Before any token is drawn, from the past alone.
+            count = lengths_lib.choose(state.policy, jnp.sum(active, dtype=jnp.int32))
         with jax.named_scope("draft"):
-            drafter_state = state.drafter_state
-            if drafter.shares_target_cache:
-                drafter_state = SharedState(drafter_state, state.target_cache)
-            sampling: Any = state.sampling
-            if state.rules is not None:
-                guide = constraints_lib.Guide(state.rules, grammar, eos_ids)
-                temperature, top_k, top_p = state.sampling
-                sampling = constraints_lib.GuidedSampling(temperature, top_k, top_p, guide)
-            proposal = drafter.propose(
-                params, drafter_state, state.tokens, state.lengths, draft_keys, sampling
-            )
+            proposal, proposed = propose(params, state, draft_keys, count)
             drafter_state, cache = proposal.state, state.target_cache
             if drafter.shares_target_cache:
                 drafter_state, cache = proposal.state
         with jax.named_scope("verify"):
-            last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
-            block = jnp.concatenate([last, proposal.tokens], axis=1)  # [B, K + 1]
-            logits, cache = score(params, state.lengths - 1, block, proposal.parents, cache)
-            _check_logits(logits, block.shape)
-            constrained = logits
-            if state.rules is not None:
-                constrained = constraints_lib.apply(
-                    state.rules,
-                    grammar,
-                    logits,
-                    state.lengths,
-                    proposal.tokens,
-                    proposal.parents,
-                    eos_ids,
-                )
-            target_probs = sampling_lib.probabilities(constrained, state.sampling)
-            draft, proposed = _draft(proposal, target_probs)
-            rule: Any = verifier  # a verifier or a lossy one
-            spent = (loss,) if is_lossy else ()
-            verdict: Verdict = jax.vmap(rule)(verify_keys, target_probs, draft, *spent)
+            verdict, scores, cache = verify(
+                params, state, proposal, proposed, verify_keys, cache, count
+            )
 
         hit = None
         if drafter.depth is not None:
@@ -235,13 +236,14 @@ def speculative(
 
         with jax.named_scope("commit"):
             tokens, committed, num_committed, done = commit(state, verdict)
-            rules, scores = state.rules, state.log_probs
+            rules = state.rules
             if rules is not None:
                 rules = constraints_lib.advance(rules, grammar, verdict.tokens, num_committed)
             if scores is not None:
-                own = _log_probs(logits, verdict)
-                scores = write(scores, own, state.lengths, num_committed)
-        active = ~state.done
+                scores = write(cast(Array, state.log_probs), scores, state.lengths, num_committed)
+            policy = state.policy
+            if policy is not None:
+                policy = lengths_lib.update(policy, verdict.num_accepted, proposed, active)
         counted = jnp.where(active, verdict.num_accepted, 0)
         info = StepInfo(
             tokens=committed,
@@ -253,6 +255,7 @@ def speculative(
         reached = counted[:, None] > jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
         reached = reached.astype(jnp.int32)
         hit = reached if hit is None else hit.astype(jnp.int32)
+        loss = cast(Array, state.stats.loss)
         stats = Statistics(
             num_rounds=state.stats.num_rounds + active.astype(jnp.int32),
             num_drafted=state.stats.num_drafted + info.num_drafted,
@@ -260,6 +263,8 @@ def speculative(
             accepted_by_position=state.stats.accepted_by_position + reached,
             accepted_by_node=cast(Array, state.stats.accepted_by_node) + hit,
             loss=loss if verdict.loss is None else jnp.where(active, loss + verdict.loss, loss),
+            drafted_by_position=cast(Array, state.stats.drafted_by_position)
+            + (proposed & active[:, None]).astype(jnp.int32),
         )
         state = state._replace(
             tokens=tokens,
@@ -270,8 +275,93 @@ def speculative(
             stats=stats,
             rules=rules,
             log_probs=scores,
+            policy=policy,
         )
         return state, info
+
+    def propose(
+        params: Params, state: DecodeState, keys: Array, count: Array | None
+    ) -> tuple[Proposal, Array]:
+        """What the drafter proposes, and where, `[B, K]`: nowhere beyond `count`."""
+        drafter_state = state.drafter_state
+        if drafter.shares_target_cache:
+            drafter_state = SharedState(drafter_state, state.target_cache)
+        sampling: Any = state.sampling
+        if state.rules is not None:
+            guide = constraints_lib.Guide(state.rules, grammar, eos_ids)
+            temperature, top_k, top_p = state.sampling
+            sampling = constraints_lib.GuidedSampling(temperature, top_k, top_p, guide)
+        request = (params, drafter_state, state.tokens, state.lengths, keys, sampling)
+        if count is None or drafter.propose_some is None:
+            proposal = drafter.propose(*request)
+        else:
+            proposal = drafter.propose_some(*request, count)
+        proposed = proposal.proposed
+        if proposed is None:
+            proposed = jnp.ones(proposal.tokens.shape, bool)
+        if count is not None:
+            proposed &= jnp.arange(num_tokens, dtype=jnp.int32)[None, :] < count
+        return proposal, proposed
+
+    def verify(
+        params: Params,
+        state: DecodeState,
+        proposal: Proposal,
+        proposed: Array,
+        keys: Array,
+        cache: Any,
+        count: Array | None,
+    ) -> tuple[Verdict, Array | None, Any]:
+        """The verdict, the tokens' log-probabilities `[B, K + 1]` if asked for, and the cache."""
+        last = jnp.take_along_axis(state.tokens, state.lengths[:, None] - 1, axis=1)
+
+        def widened(verdict: Verdict, scores: Array | None) -> tuple[Verdict, Array | None]:
+            """A verdict of a chain and its scores, in the shapes of one of K tokens."""
+
+            def widen(values: Array) -> Array:
+                return jnp.pad(values, ((0, 0), (0, num_tokens + 1 - values.shape[1])))
+
+            tokens, num_accepted = widen(verdict.tokens), verdict.num_accepted
+            loss = verdict.loss if is_lossy else None
+            scores = None if scores is None else widen(scores)
+            return Verdict(tokens, num_accepted, None, loss), scores
+
+        def verify_first(length: int, cache: Any) -> tuple[Verdict, Array | None, Any]:
+            """Of the first `length` tokens, beyond which nothing is proposed."""
+            tokens = proposal.tokens[:, :length]
+            block = jnp.concatenate([last, tokens], axis=1)  # [B, length + 1]
+            logits, cache = score(params, state.lengths - 1, block, proposal.parents, cache)
+            _check_logits(logits, block.shape)
+            constrained = logits
+            if state.rules is not None:
+                constrained = constraints_lib.apply(
+                    state.rules, grammar, logits, state.lengths, tokens, proposal.parents, eos_ids
+                )
+            target_probs = sampling_lib.probabilities(constrained, state.sampling)
+            draft = _draft(proposal, proposed, target_probs)
+            rule: Any = verifier  # a verifier or a lossy one
+            spent = (state.stats.loss,) if is_lossy else ()
+            round_keys = keys[:, : length + 1] if is_keyed_by_place else keys
+            verdict: Verdict = jax.vmap(rule)(round_keys, target_probs, draft, *spent)
+            scores = None if state.log_probs is None else _log_probs(logits, verdict)
+            if count is not None:
+                verdict, scores = widened(verdict, scores)
+            return verdict, scores, cache
+
+        if count is None:
+            return verify_first(num_tokens, cache)
+        # One loop for each length, of one turn or of none: of a conditional XLA copies the caches.
+        chosen = lengths_lib.shortest_holding(lengths_to_verify, count)
+        zeros = jnp.zeros_like(state.lengths)
+        verdict = Verdict(zeros[:, None], zeros, loss=jnp.zeros_like(cast(Array, state.stats.loss)))
+        scores = None if state.log_probs is None else state.log_probs[:, :1] * 0
+        carry = (*widened(verdict, scores), cache)
+        for index, length in enumerate(lengths_to_verify):
+            turns = jnp.where(chosen == index, 1, 0)
+            carry = lax.fori_loop(
+                0, turns, lambda _, carry, length=length: verify_first(length, carry[2]), carry
+            )
+        return carry
 
     def round_keys(state: DecodeState) -> tuple[Array, Array]:
         """Keys `[B]` of the drafter and of the verifier, fresh in every round, or `[B, K + 1]`."""
@@ -287,9 +377,9 @@ def speculative(
     def score(
         params: Params, starts: Array, block: Array, parents: Array | None, cache: Any
     ) -> tuple[Array, Any]:
-        """The target's logits `[B, K + 1, V]` after the last token and after every draft token."""
+        """The target's logits `[B, T, V]` after the last token and after every draft token."""
         if parents is None:
-            offsets = jnp.arange(num_tokens + 1, dtype=jnp.int32)
+            offsets = jnp.arange(block.shape[1], dtype=jnp.int32)
             positions = starts[:, None] + offsets[None, :]
             return target.apply(params["target"], block, positions, cache)
         root = jnp.arange(num_tokens + 1)[None, :] == 0
@@ -356,12 +446,14 @@ def speculative(
         sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
         constraints: Constraints = NO_CONSTRAINTS,
+        policy: LengthPolicy | None = None,
     ) -> DecodeState:
         _check_params(params, drafter)
         request = _checked_request(
             prompts, prompt_lengths, key, sampling, max_new_tokens, max_len, constraints
         )
-        return compiled_prefill(params, *request)
+        chosen = checked_policy(policy, len(request[0]))
+        return compiled_prefill(params, *request, chosen)
 
     def generate(
         params: Params,
@@ -372,6 +464,7 @@ def speculative(
         sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
         constraints: Constraints = NO_CONSTRAINTS,
+        policy: LengthPolicy | None = None,
     ) -> Generation:
         state = start(
             params,
@@ -381,6 +474,7 @@ def speculative(
             sampling=sampling,
             max_new_tokens=max_new_tokens,
             constraints=constraints,
+            policy=policy,
         )
         state = compiled_run(params, state, UNTIL_DONE)
         return Generation(state.tokens, state.lengths, state.stats, state.log_probs)
@@ -394,6 +488,7 @@ def speculative(
         sampling: Sampling = GREEDY,
         max_new_tokens: ArrayLike | None = None,
         constraints: Constraints = NO_CONSTRAINTS,
+        policy: LengthPolicy | None = None,
     ) -> Iterator[StepInfo]:
         # Checked and prefilled at the call, not at the first `next`: errors belong to the caller.
         state = start(
@@ -404,6 +499,7 @@ def speculative(
             sampling=sampling,
             max_new_tokens=max_new_tokens,
             constraints=constraints,
+            policy=policy,
         )
         return rounds(params, state)
 
@@ -441,22 +537,21 @@ def speculative(
     )
 
 
-def _draft(proposal: Any, target_probs: Array) -> tuple[Draft, Array]:
-    """A proposal with its distributions filled in, `[B, K, V]`, and where it proposes, `[B, K]`."""
-    proposed = proposal.proposed
-    if proposed is None:
-        proposed = jnp.ones(proposal.tokens.shape, bool)
-    probs = proposal.probs
-    if probs is None:
-        vocab_size = target_probs.shape[-1]
-        probs = jax.nn.one_hot(proposal.tokens, vocab_size, dtype=target_probs.dtype)
-    if probs.shape[-1] != target_probs.shape[-1]:
+def _draft(proposal: Proposal, proposed: Array, target_probs: Array) -> Draft:
+    """The tokens that are judged, with their distributions filled in, `[B, T - 1, V]`."""
+    size, vocab_size = target_probs.shape[1] - 1, target_probs.shape[2]
+    tokens, proposed = proposal.tokens[:, :size], proposed[:, :size]
+    if proposal.probs is None:
+        probs = jax.nn.one_hot(tokens, vocab_size, dtype=target_probs.dtype)
+    else:
+        probs = proposal.probs[:, :size]
+    if probs.shape[-1] != vocab_size:
         raise ValueError(
-            f"the draft's vocabulary has {probs.shape[-1]} tokens, the target's "
-            f"{target_probs.shape[-1]}: draft and target must share one"
+            f"the draft's vocabulary has {probs.shape[-1]} tokens, the target's {vocab_size}: "
+            "draft and target must share one"
         )
     probs = jnp.where(proposed[..., None], probs, jnp.zeros_like(probs))
-    return Draft(tokens=proposal.tokens, probs=probs, parents=proposal.parents), proposed
+    return Draft(tokens=tokens, probs=probs, parents=proposal.parents)
 
 
 def _log_probs(logits: Array, verdict: Verdict) -> Array:

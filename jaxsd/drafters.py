@@ -1,7 +1,7 @@
 """Who proposes: the parts that suggest the next tokens of every row."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,22 @@ import numpy as np
 from jax import Array, lax
 
 from . import sampling as sampling_lib
-from . import trees, verifiers
+from . import trees
+from .draws import drawer, empty_chain, extend_chain
 from .types import Drafter, LanguageModel, Params, Proposal, Sampling, TreeLanguageModel
 
 Siblings = Literal["distinct", "independent", "chosen", "mixed"]
+
+
+class DraftState(NamedTuple):
+    """What a draft model remembers.
+
+    cache: its own.
+    num_read: `[B]` int32, tokens that are in it, of the text and of what was drafted after it.
+    """
+
+    cache: Any
+    num_read: Array
 
 
 def no_drafter() -> Drafter:
@@ -70,64 +82,76 @@ def model_drafter(
     """
     _check_num_tokens(num_tokens)
 
-    def init(params: Params, batch_size: int, max_len: int) -> object:
+    def init(params: Params, batch_size: int, max_len: int) -> DraftState:
         del params
-        return model.init_cache(batch_size, max_len + num_tokens)
+        cache = model.init_cache(batch_size, max_len + num_tokens)
+        return DraftState(cache, jnp.zeros((batch_size,), jnp.int32))
 
-    def prefill(params: Params, state: object, prompts: Array, lengths: Array) -> object:
-        _, cache = model.apply(params[name], prompts, block_positions(prompts, lengths), state)
-        return cache
+    def prefill(params: Params, state: DraftState, prompts: Array, lengths: Array) -> DraftState:
+        return DraftState(
+            _read_prompts(model, params[name], state.cache, prompts, lengths), lengths
+        )
 
     def propose(
         params: Params,
-        state: object,
+        state: DraftState,
         tokens: Array,
         lengths: Array,
         keys: Array,
         sampling: Sampling,
     ) -> Proposal:
-        if shares_noise != (keys.ndim == 2):
-            raise ValueError(
-                f"shares_noise={shares_noise} of the drafter must fit the verifier: "
-                "True for jaxsd.gumbel_coupling, False for others"
-            )
+        return draft(params[name], state.cache, tokens, lengths, keys, sampling, 1, num_tokens)
 
-        guide = getattr(sampling, "guide", None)
+    def propose_some(
+        params: Params,
+        state: DraftState,
+        tokens: Array,
+        lengths: Array,
+        keys: Array,
+        sampling: Sampling,
+        count: Array,
+    ) -> Proposal:
+        # Drafted tokens of the last round that the target did not take are not the text's.
+        num_read = jnp.minimum(state.num_read, lengths - 1)
+        weights, is_drafting = params[name], count > 0
+        cache = _catch_up(model, weights, state.cache, tokens, lengths, num_read, is_drafting)
+        first = jnp.minimum(count, 1)
+        proposal = draft(weights, cache, tokens, lengths, keys, sampling, first, count)
+        num_read = jnp.where(is_drafting, proposal.state.num_read, num_read)
+        return proposal._replace(state=DraftState(proposal.state.cache, num_read))
 
-        def draw(logits: Array, index: Array | int, rules: Any) -> tuple[Array, Array, Any]:
-            if guide is not None:
-                logits = guide.constrain(rules, logits, lengths + index)
-            token, probs = sample(logits, index)
-            return token, probs, rules if guide is None else guide.advance(rules, token)
+    def draft(
+        weights: Params,
+        cache: Any,
+        tokens: Array,
+        lengths: Array,
+        keys: Array,
+        sampling: Sampling,
+        first: Array | int,  # whether there is a first token: 0 or 1
+        count: Array | int,
+    ) -> Proposal:
+        rules, draw = drawer(keys, sampling, lengths, shares_noise=shares_noise)
 
-        def sample(logits: Array, index: Array | int) -> tuple[Array, Array]:
-            probs = sampling_lib.probabilities(logits, sampling)
-            if shares_noise:
-                place_keys = jnp.take(keys, index, axis=1)
-                return jax.vmap(verifiers.shared_categorical)(place_keys, probs), probs
-            step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
-            return jax.vmap(sampling_lib.categorical)(step_keys, probs), probs
+        def score_first(cache: Any, token: Array, index: Array | int) -> tuple[Array, Any]:
+            del token, index
+            return read_last(model, weights, cache, tokens, lengths)
 
-        logits, cache = read_last(model, params[name], state, tokens, lengths)
-        token, probs, rules = draw(logits, 0, None if guide is None else guide.rules)
+        def score(cache: Any, token: Array, index: Array | int) -> tuple[Array, Any]:
+            positions = (lengths + (index - 1))[:, None]
+            logits, cache = model.apply(weights, token[:, None], positions, cache)
+            return logits[:, 0], cache
 
-        def extend(carry: tuple[Array, object, Any], index: Array) -> tuple[tuple, tuple]:
-            token, cache, rules = carry
-            positions = (lengths + index)[:, None]
-            logits, cache = model.apply(params[name], token[:, None], positions, cache)
-            token, probs, rules = draw(logits[:, 0], index + 1, rules)
-            return (token, cache, rules), (token, probs)
-
-        steps = jnp.arange(num_tokens - 1, dtype=jnp.int32)
-        (_, cache, _), (more, more_probs) = lax.scan(extend, (token, cache, rules), steps)
+        chain = empty_chain(model, weights, cache, tokens, lengths, num_tokens, rules)
+        chain = extend_chain(chain, score_first, draw, 0, first)
+        chain = extend_chain(chain, score, draw, 1, count)
         return Proposal(
-            tokens=jnp.concatenate([token[:, None], more.T], axis=1),
-            probs=jnp.concatenate([probs[:, None], more_probs.swapaxes(0, 1)], axis=1),
+            tokens=chain.tokens,
+            probs=chain.probs,
             proposed=None,
-            state=cache,
+            state=DraftState(chain.cache, lengths + (count - 1)),
         )
 
-    return Drafter(num_tokens, (name,), init, prefill, propose)
+    return Drafter(num_tokens, (name,), init, prefill, propose, propose_some=propose_some)
 
 
 def tree_drafter(
@@ -192,8 +216,7 @@ def tree_drafter(
         return model.init_cache(batch_size, max_len + num_tokens)
 
     def prefill(params: Params, state: Any, prompts: Array, lengths: Array) -> Any:
-        _, cache = model.apply(params[name], prompts, block_positions(prompts, lengths), state)
-        return cache
+        return _read_prompts(model, params[name], state, prompts, lengths)
 
     def propose(
         params: Params,
@@ -299,8 +322,7 @@ def confident_tree_drafter(
         return model.init_cache(batch_size, max_len + room), slots
 
     def prefill(params: Params, state: Any, prompts: Array, lengths: Array) -> Any:
-        positions = block_positions(prompts, lengths)
-        return model.apply(params[name], prompts, positions, state[0])[1], state[1]
+        return _read_prompts(model, params[name], state[0], prompts, lengths), state[1]
 
     def propose(
         params: Params,
@@ -472,6 +494,43 @@ def read_last(
     return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache
 
 
+# Tokens that a draft reads in one pass when it has to make up for rounds without it: enough to keep
+# the passes few, and few enough to be one tile of a matrix product.
+_CATCH_UP_TOKENS = 16
+
+
+def _catch_up(
+    model: LanguageModel,
+    params: Params,
+    cache: Any,
+    tokens: Array,
+    lengths: Array,
+    num_read: Array,
+    is_drafting: Array,
+) -> Any:
+    """The cache with all committed tokens but the last two, which `read_last` reads; if drafting.
+
+    A row that has read more reads its last ones again, which changes nothing.
+    """
+    width = min(_CATCH_UP_TOKENS, tokens.shape[1])
+    ends = lengths - 2
+    steps = jnp.arange(width, dtype=jnp.int32)[None, :]
+
+    def is_behind(carry: tuple[Any, Array]) -> Array:
+        return is_drafting & jnp.any(carry[1] < ends)
+
+    def read(carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        cache, num_read = carry
+        # Not beyond the buffer; what a short text has not reached yet is written over later.
+        starts = jnp.maximum(jnp.minimum(num_read, ends - width), 0)
+        positions = starts[:, None] + steps
+        block = jnp.take_along_axis(tokens, positions, axis=1, mode="clip")
+        _, cache = model.apply(params, block, positions, cache)
+        return cache, jnp.maximum(num_read, starts + width)
+
+    return lax.while_loop(is_behind, read, (cache, num_read))[0]
+
+
 def prompt_lookup(num_tokens: int, *, max_ngram: int = 3, min_ngram: int = 1) -> Drafter:
     """Copies what followed the last occurrence of the row's own ending, without any model.
 
@@ -549,6 +608,13 @@ def block_positions(tokens: Array, lengths: Array) -> Array:
     """
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     return jnp.minimum(lengths, 0).astype(jnp.int32)[:, None] + steps[None, :]
+
+
+def _read_prompts(
+    model: LanguageModel, params: Params, cache: Any, prompts: Array, lengths: Array
+) -> Any:
+    """The cache with the prompts in it."""
+    return model.apply(params, prompts, block_positions(prompts, lengths), cache)[1]
 
 
 def _no_prefill(params: Params, state: object, prompts: Array, lengths: Array) -> object:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from .draws import drawer
+from .draws import drawer, empty_chain, extend_chain
 from .types import Drafter, LanguageModel, Params, Proposal, Sampling, SharedState
 
 
@@ -62,24 +61,33 @@ def early_exit_drafter(
         lengths: Array,
         keys: Array,
         sampling: Sampling,
+        count: Array | int = num_tokens,
     ) -> Proposal:
         rules, draw = drawer(keys, sampling, lengths, shares_noise=shares_noise)
+        weights = params["target"]
 
-        def extend(carry: tuple[Array, Any, Any], index: Array) -> tuple[tuple, tuple]:
-            token, cache, rules = carry
+        def score(cache: Any, token: Array, index: Array | int) -> tuple[Array, Any]:
             positions = (lengths - 1 + index)[:, None]
-            logits, cache = exit_model.apply(params["target"], token[:, None], positions, cache)
-            token, probs, rules = draw(rules, logits[:, 0], index)
-            return (token, cache, rules), (token, probs)
+            logits, cache = exit_model.apply(weights, token[:, None], positions, cache)
+            return logits[:, 0], cache
 
-        last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-        steps = jnp.arange(num_tokens, dtype=jnp.int32)
-        (_, cache, _), (drafted, probs) = lax.scan(extend, (last, state.target_cache, rules), steps)
+        chain = empty_chain(
+            exit_model, weights, state.target_cache, tokens, lengths, num_tokens, rules
+        )
+        chain = extend_chain(chain, score, draw, 0, count)
         return Proposal(
-            tokens=drafted.T,
-            probs=probs.swapaxes(0, 1),
+            tokens=chain.tokens,
+            probs=chain.probs,
             proposed=None,
-            state=SharedState(state.own, cache),
+            state=SharedState(state.own, chain.cache),
         )
 
-    return Drafter(num_tokens, (), init, prefill, propose, shares_target_cache=True)
+    return Drafter(
+        num_tokens,
+        (),
+        init,
+        prefill,
+        propose,
+        shares_target_cache=True,
+        propose_some=propose,
+    )

@@ -225,6 +225,26 @@ class DrafterPropose(Protocol):
     ) -> Proposal: ...
 
 
+class DrafterProposeSome(Protocol):
+    """Proposes `count` `[]` int32 tokens after each row, 0 to K; what it returns beyond is ignored.
+
+    With 0 no pass of a model is made, so that texts may have grown by several tokens since the
+    drafter last read them. The count is chosen before: it depends on nothing of this round.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        state: Any,
+        tokens: Array,
+        lengths: Array,
+        keys: Array,
+        sampling: Sampling,
+        count: Array,
+        /,
+    ) -> Proposal: ...
+
+
 class DrafterKeep(Protocol):
     """Told which nodes of its tree were accepted, so that its cache can follow.
 
@@ -244,6 +264,8 @@ class Drafter(NamedTuple):
     keep: for trees, if the state has a cache.
     shares_target_cache: `propose` is given a `SharedState` and returns one: it drafts with the
       target's own layers and cache.
+    propose_some: used in place of `propose`, in every round, where a policy chooses the length.
+      Without it all K tokens are proposed and those beyond the length are ignored, unseen.
     """
 
     num_tokens: int
@@ -254,6 +276,7 @@ class Drafter(NamedTuple):
     depth: int | None = None
     keep: DrafterKeep | None = None
     shares_target_cache: bool = False
+    propose_some: DrafterProposeSome | None = None
 
 
 class SharedState(NamedTuple):
@@ -280,6 +303,7 @@ class Statistics(NamedTuple):
       chains the same.
     loss: `[B]` float32, sum of the verifier's losses: the total variation between the row's law and
       the target's is at most its mean over seeds. 0 for a lossless verifier.
+    drafted_by_position: `[B, K]` int32, rounds in which something was proposed at place i.
     """
 
     num_rounds: Array
@@ -288,6 +312,7 @@ class Statistics(NamedTuple):
     accepted_by_position: Array
     accepted_by_node: Array | tuple[()] = ()
     loss: Array | tuple[()] = ()
+    drafted_by_position: Array | tuple[()] = ()
 
 
 class StepInfo(NamedTuple):
@@ -321,6 +346,7 @@ class DecodeState(NamedTuple):
     stats: totals so far.
     rules: `jaxsd.constraints.Rules`, or None.
     log_probs: `[B, L]` float32 as in `Generation`, or None.
+    policy: `jaxsd.LengthPolicy` with what it has learned, or None.
     """
 
     tokens: Array
@@ -334,6 +360,7 @@ class DecodeState(NamedTuple):
     stats: Statistics
     rules: Any = None
     log_probs: Array | None = None
+    policy: Any = None
 
 
 class Generation(NamedTuple):
@@ -366,6 +393,7 @@ class DecoderInit(Protocol):
         sampling: Sampling = ...,
         max_new_tokens: ArrayLike | None = ...,
         constraints: Any = ...,
+        policy: Any = ...,
     ) -> DecodeState: ...
 
 
@@ -388,6 +416,7 @@ class DecoderGenerate(Protocol):
         sampling: Sampling = ...,
         max_new_tokens: ArrayLike | None = ...,
         constraints: Any = ...,
+        policy: Any = ...,
     ) -> Generation: ...
 
 
@@ -404,6 +433,7 @@ class DecoderStream(Protocol):
         sampling: Sampling = ...,
         max_new_tokens: ArrayLike | None = ...,
         constraints: Any = ...,
+        policy: Any = ...,
     ) -> Iterator[StepInfo]: ...
 
 

@@ -301,11 +301,19 @@ class TransformerLM(NamedTuple):
     def keep(self, cache: Cache, starts: Array, sources: Array) -> Cache:
         """Moves slots `sources` `[B, D]` to `starts` and the slots after it."""
 
-        def move(buffer: Array) -> Array:
-            path = jnp.take_along_axis(buffer, sources[:, None, :, None], axis=2)
-            return _write_rows(buffer, path, starts)
+        def read(row: Array, path: Cache) -> Cache:
+            def one(buffer: Array, path: Array) -> Array:
+                kept = buffer.at[row, :, sources[row]].get(mode="clip")  # [depth, H_kv, D]
+                return path.at[row].set(kept.swapaxes(0, 1))
 
-        return jax.tree.map(move, cache)
+            return jax.tree.map(one, cache, path)
+
+        # Read in a loop of its own: XLA would merge the read with the writes before it, into a
+        # program that needs each buffer as it was, and copies it.
+        batch_size, depth = sources.shape
+        path = jax.tree.map(lambda buffer: jnp.zeros_like(buffer[:, :, :depth]), cache)
+        path = lax.fori_loop(0, batch_size, read, path)
+        return jax.tree.map(lambda buffer, rows: _write_rows(buffer, rows, starts), cache, path)
 
 
 def language_model(config: Config, cache_dtype: Any = jnp.float32) -> TransformerLM:

@@ -32,19 +32,25 @@ DRAFTERS = {
     "confident tree": jaxsd.confident_tree_drafter(
         models.language_model(DRAFT), 6, depth=2, width=2
     ),
+    "model of any length": jaxsd.model_drafter(models.language_model(DRAFT), num_tokens=4),
 }
+DRAFT_LENGTHS = {"model of any length": (0, 2, 4)}
 VERIFIERS = {
     "tree": jaxsd.traversal_verification,
     "confident tree": jaxsd.target_matching,
 }
 
 
-def abstract_loop(
-    drafter, batch_size, target=TARGET, dtype=jnp.float32, verifier=jaxsd.block_verification
-):
+def abstract_loop(name, batch_size, target=TARGET, dtype=jnp.float32):
     """A decoder and the shapes its loop takes, nothing allocated."""
     model = models.language_model(target, cache_dtype=dtype)
-    decoder = jaxsd.speculative(model, drafter, verifier, max_len=MAX_LEN)
+    decoder = jaxsd.speculative(
+        model,
+        DRAFTERS[name],
+        VERIFIERS.get(name, jaxsd.block_verification),
+        max_len=MAX_LEN,
+        draft_lengths=DRAFT_LENGTHS.get(name),
+    )
     params = {
         "target": models.abstract_params(target, dtype),
         "draft": models.abstract_params(DRAFT, jnp.float32),
@@ -58,8 +64,7 @@ def abstract_loop(
 @functools.cache
 def compiled_loop(name, batch_size):
     """The loop's optimised text on this machine's CPU, its parameters' and its state's shapes."""
-    verifier = VERIFIERS.get(name, jaxsd.block_verification)
-    decoder, params, state = abstract_loop(DRAFTERS[name], batch_size, verifier=verifier)
+    decoder, params, state = abstract_loop(name, batch_size)
     return decoder.run.lower(params, state, jaxsd.UNTIL_DONE).compile().as_text(), params, state
 
 
@@ -89,7 +94,7 @@ def test_search_for_copies_finds_a_planted_one():
             return logits, jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf + 0), cache)
 
     decoder = jaxsd.speculative(WriteFirst(TARGET), DRAFTERS["none"], max_len=MAX_LEN)
-    _, params, state = abstract_loop(DRAFTERS["none"], 1)
+    _, params, state = abstract_loop("none", 1)
 
     def keep_old(params, state):
         new, _ = decoder.step(params, state)
@@ -119,7 +124,7 @@ def entry_computation(text):
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
 def test_loop_and_prefill_lower_for(platform):
-    decoder, params, state = abstract_loop(DRAFTERS["model"], 2)
+    decoder, params, state = abstract_loop("model", 2)
     exported = jax.export.export(decoder.run, platforms=[platform])(params, state, jaxsd.UNTIL_DONE)
     assert exported.platforms == (platform,)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -139,12 +144,9 @@ import test_compile
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 mesh = Mesh(np.array(topology.devices[:1]), ("one",))
 place = NamedSharding(mesh, PartitionSpec())
-for name, batch_size in (("model", 1), ("model", 8), ("tree", 8)):
+for name, batch_size in (("model", 1), ("model", 8), ("tree", 8), ("model of any length", 8)):
     decoder, params, state = test_compile.abstract_loop(
-        test_compile.DRAFTERS[name],
-        batch_size,
-        dtype=test_compile.jnp.bfloat16,
-        verifier=test_compile.VERIFIERS.get(name, test_compile.jaxsd.block_verification),
+        name, batch_size, dtype=test_compile.jnp.bfloat16
     )
     on_tpu = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
     params, state = jax.tree.map(on_tpu, (params, state))
@@ -175,4 +177,9 @@ def test_loop_compiles_for_a_tpu_and_copies_no_cache(tmp_path):
         },
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["model 1 0", "model 8 0", "tree 8 0"]
+    assert done.stdout.splitlines() == [
+        "model 1 0",
+        "model 8 0",
+        "tree 8 0",
+        "model of any length 8 0",
+    ]

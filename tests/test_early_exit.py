@@ -221,7 +221,7 @@ def test_there_is_no_second_cache_and_no_second_prefill():
     second = jaxsd.model_drafter(layers.exit_early(TARGET, 1), K, name="target")
     apart = jaxsd.speculative(TARGET, second, max_len=MAX_LEN)
     apart = jax.eval_shape(apart.init, PARAMS, PROMPTS, LENGTHS, KEY)
-    assert num_bytes(apart.drafter_state) == num_bytes(state.target_cache) // 2
+    assert num_bytes(apart.drafter_state.cache) == num_bytes(state.target_cache) // 2
 
 
 def test_compiled_loop_holds_one_cache_and_copies_none(monkeypatch):

@@ -5,20 +5,27 @@ import math
 import numpy as np
 import pytest
 
-from jaxsd.cli import reproduce_theory, reproduction, theory_results
+from jaxsd.cli import reproduce_theory, reproduction, theory_measured, theory_results
 
 NUM_RUNS, NUM_CHAINS = 4000, 200
+SETTINGS = theory_measured.Settings(
+    epsilons=(0.0, 0.03),
+    naive_epsilons=(0.0,),
+    temperatures=(1.0,),
+    num_prompts=2,
+    num_rounds=12,
+)
 
 
 @pytest.fixture(scope="module")
 def results():
-    return theory_results.compute(NUM_RUNS, NUM_CHAINS)
+    return theory_results.compute(NUM_RUNS, NUM_CHAINS, SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def built(results):
     del results  # computed once for both
-    return reproduce_theory.build(NUM_RUNS, NUM_CHAINS)
+    return reproduce_theory.build(NUM_RUNS, NUM_CHAINS, SETTINGS)
 
 
 def rows_of(built, start):
@@ -40,8 +47,9 @@ def test_every_judged_figure_agrees(built):
     ]
     assert wrong == []
     judged, agreeing = reproduction.count(built)
-    # 5 of figure 2a, 2 of theorem 2, 4 of figure 2b, 1 of figure 3, 1 of theorem 5, 1 of texts.
-    assert judged == agreeing == 14
+    # 5 of figure 2a, 2 of theorem 2, 4 of figure 2b, 1 of figure 3, 1 of theorem 5, 1 of texts;
+    # 8 of what is measured: five rules, four of them together, the losses and the line.
+    assert judged == agreeing == 22
 
 
 def test_only_the_papers_numbers_are_called_the_papers(built):
@@ -146,6 +154,68 @@ def test_fronts(results):
     assert text.rejection[0] == pytest.approx(results.rejections.simulations[1].expected)
 
 
+def test_the_embedded_pair_is_on_the_line(results):
+    """Counted beside the exact chances: each within 5 standard errors, false alarm 6e-7 a rule."""
+    points = {(point.kind, point.epsilon): point for point in results.measured.points[:3]}
+    lenience, typical = results.measured.points[3:]
+    assert (lenience.kind, typical.kind) == ("lenience", "typical")
+    lossless, lossy = (points["optimal", epsilon] for epsilon in SETTINGS.epsilons)
+    naive = points["target", 0.0]
+    for point in results.measured.points:
+        assert point.num_passes == 4 * SETTINGS.num_rounds
+        # A round judges a place more than it accepts, but for a bonus token's.
+        assert point.num_tokens - point.num_places == point.num_passes - point.rejections
+        assert abs(point.rejections - point.expected_rejections) < 5 * point.standard_error
+        assert 0 < point.standard_error < math.sqrt(point.expected_rejections)
+        assert point.is_on_the_line == (point.kind != "target")
+        if point.is_on_the_line:
+            assert point.expected_total == pytest.approx(1, abs=1e-6)
+        if point is not lossless:
+            assert point.loss == pytest.approx(point.expected_loss, rel=1e-5)
+            assert point.loss > 0.1 * point.variation
+    assert lossless.loss == 0
+    assert lossless.expected_loss == pytest.approx(0, abs=1e-5)
+    assert naive.expected_total > 1.2
+    assert lossy.tokens_per_pass > lossless.tokens_per_pass + 0.5
+
+
+def test_the_curves_begin_at_what_was_judged(results):
+    found = results.measured
+    curve, lossless = found.curves[1.0], found.points[0]
+    each = lossless.variation / lossless.num_places
+    assert curve.rejection[0] == pytest.approx(each, rel=1e-6)
+    line = np.full_like(curve.rejection, each)
+    np.testing.assert_allclose(curve.rejection + curve.loss_optimal, line, rtol=1e-6)
+    assert (curve.loss_target >= curve.loss_optimal - 1e-7).all()
+    assert curve.rejection[-1] == pytest.approx(0, abs=1e-7)
+
+
+def test_judged_places_by_a_loop():
+    rng = np.random.default_rng(0)
+    accepted = rng.integers(0, theory_measured.NUM_DRAFT_TOKENS + 1, (6, 3))
+    first = 5
+    lengths = (
+        5 + np.arange(3) + np.concatenate([np.zeros((1, 3), int), accepted[:-1] + 1]).cumsum(0)
+    )
+    found, rejected = theory_measured._judged(lengths, accepted, first, (3, 40))
+    for row in range(3):
+        places, count = set(), 0
+        for begin, number in zip(lengths[:, row], accepted[:, row], strict=True):
+            for offset in range(theory_measured.NUM_DRAFT_TOKENS):
+                places.add(begin + offset - first)
+                if offset == number:  # rejected here
+                    count += 1
+                    break
+        assert set(np.flatnonzero(found[row])) == places
+        assert rejected[row] == count
+
+
+def test_the_lossless_rule_comes_first():
+    settings = theory_measured.Settings(epsilons=(0.1, 0.0))
+    with pytest.raises(ValueError, match="must begin with 0"):
+        theory_measured.num_steps(settings)
+
+
 def test_what_is_not_computed_is_named(built):
     text = "\n".join(built.errata)
     for word in ("Not known", "Not computed", "pythia", "GPT-4", "block", "first pass"):
@@ -171,4 +241,5 @@ def test_figures_are_drawn(built, tmp_path):
         )
         assert file.stat().st_size > 10_000
         assert figure.caption.endswith(".")
-    assert {f"figure_{i}" for i in (2, 3, 4)} < {figure.name for figure in built.figures}
+    names = {figure.name for figure in built.figures}
+    assert {"figure_2", "figure_3", "figure_4", "measured_front"} < names

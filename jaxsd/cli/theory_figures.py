@@ -1,4 +1,4 @@
-"""The figures of the theory drawn again, and two of what it leaves open."""
+"""The figures of the theory drawn again, and what it leaves open; and a measured front."""
 
 import functools
 import math
@@ -14,10 +14,17 @@ if TYPE_CHECKING:
 # Figure 3: by how much the target wants one token more than the draft, what the draft gives it, and
 # V / V'.
 GAP, DRAFT_PROBS, RATIOS, DRAFTS = 0.3, (0.1, 0.3, 0.5, 0.7), (1.25, 2, 5, 20), (2, 4, 8, 16)
+# Of what is measured: colour and marker by the kind of rule.
+_LOOKS = {
+    "optimal": (COLORS[0], "o"),
+    "target": (COLORS[3], "s"),
+    "lenience": (COLORS[2], "^"),
+    "typical": (COLORS[4], "D"),
+}
 
 
 def figures(results: "Results") -> list[Figure]:
-    """Figures 2 to 4 of the paper, then random chains, theorem 2 and whole texts."""
+    """Figures 2 to 4 of the paper, then what is ours, at last the measured front."""
 
     def figure(name: str, caption: str, draw: Any, size: tuple[float, float]) -> Figure:
         return Figure(name, caption, functools.partial(draw, results), size)
@@ -60,6 +67,7 @@ def figures(results: "Results") -> list[Figure]:
             _texts,
             (7.6, 3.4),
         ),
+        figure("measured_front", _measured_caption(results), _measured_front, (9.4, 3.7)),
     ]
 
 
@@ -264,6 +272,132 @@ def _texts(results: "Results", canvas: Any) -> None:
     bound.set_ylabel("total variation")
     bound.set_title(f"(b) {SHORT_LENGTH} tokens, {SHORT_STATES} states: exact")
     bound.legend(loc="upper right")
+
+
+def _measured_caption(results: "Results") -> str:
+    from .theory_measured import NUM_DRAFT_TOKENS
+
+    found = results.measured
+    return (
+        "Ours, not the paper's: bias against rejections as measured on the embedded pair "
+        f"({found.target_params / 1e6:.1f} M and {found.draft_params / 1e6:.2f} M parameters), "
+        f"{NUM_DRAFT_TOKENS} drafted tokens a round, "
+        f"{sum(point.num_tokens for point in found.points)} tokens in all; bars are two standard "
+        "errors, rings the theory at the places that were judged, curves the theory along the "
+        "lossless rule's text."
+    )
+
+
+def _measured_front(results: "Results", canvas: Any) -> None:
+    from .theory_measured import NUM_DRAFT_TOKENS
+
+    found = results.measured
+    first = found.settings.temperatures[0]
+    num_tokens = sum(point.num_tokens for point in found.points)
+    canvas.suptitle(
+        f"Embedded pair, {found.target_params / 1e6:.1f} M and {found.draft_params / 1e6:.2f} M "
+        f"parameters, K = {NUM_DRAFT_TOKENS}, {num_tokens} tokens (ours, not the paper's)",
+        fontsize=9,
+    )
+    plane, shares, speed = _three_panels(canvas)
+    curve = found.curves[first]
+    for point in found.points:
+        color, marker = _LOOKS[point.kind]
+        is_first = point.temperature == first
+        look: dict[str, Any] = {
+            "color": color,
+            "marker": marker,
+            "markersize": 4,
+            "linestyle": "none",
+            "markerfacecolor": color if is_first else "white",
+        }
+        at = np.array([point.rejections, point.loss])
+        reach = 2 * point.standard_error
+        if is_first:
+            if point.kind == "optimal":
+                total = point.variation / point.num_places
+                plane.plot([total, 0], [0, total], color=color, linewidth=0.7, alpha=0.6)
+            if math.isfinite(point.epsilon):
+                is_optimal = point.kind == "optimal"
+                plane.annotate(
+                    f"ε = {point.epsilon:g}",
+                    at / point.num_places,
+                    (-7, -4) if is_optimal else (5, 5),
+                    textcoords="offset points",
+                    ha="right" if is_optimal else "left",
+                    va="top" if is_optimal else "bottom",
+                    color=color,
+                    fontsize=7,
+                )
+            exact = np.array([point.expected_rejections, point.expected_loss]) / point.num_places
+            plane.plot(
+                *exact, "o", color=color, markersize=8, fillstyle="none", markeredgewidth=0.8
+            )
+            plane.errorbar(
+                *at / point.num_places, xerr=reach / point.num_places, elinewidth=1, **look
+            )
+        shares.errorbar(*at / point.variation, xerr=reach / point.variation, elinewidth=1, **look)
+        speed.plot(point.tokens_per_pass, point.loss / point.num_tokens, **look)
+
+    naive = _LOOKS["target"][0]
+    plane.plot([], [], color=COLORS[0], linewidth=0.7, label="R + loss = TV, each text's own")
+    plane.plot(
+        curve.rejection,
+        curve.loss_target,
+        "--",
+        color=naive,
+        linewidth=1,
+        label="resampling, lossless text",
+    )
+    plane.plot(
+        [], [], "o", color=COLORS[5], markersize=8, fillstyle="none", label="theory where judged"
+    )
+    highest = max(curve.loss_target.max(), *(p.loss / p.num_places for p in found.points))
+    plane.set_xlim(-0.3 * curve.rejection[0], 1.3 * curve.rejection[0])
+    plane.set_ylim(-0.15 * highest, 1.6 * highest)
+    plane.set_xlabel("rejections per judged token")
+    plane.set_ylabel("loss per judged token (total variation)")
+    plane.set_title(f"(a) temperature {first:g}")
+    plane.legend(loc="upper right")
+
+    shares.plot([1, 0], [0, 1], color=COLORS[0], linewidth=1, label="R + loss = TV")
+    for style, (temperature, found_curve) in zip(("--", ":"), found.curves.items(), strict=False):
+        variation = found_curve.rejection[0]
+        shares.plot(
+            found_curve.rejection / variation,
+            found_curve.loss_target / variation,
+            style,
+            color=naive,
+            linewidth=1,
+            label=f"resampling, temperature {temperature:g}",
+        )
+    shares.set_xlim(-0.05, 1.3)
+    shares.set_ylim(-0.05, 1.6)
+    shares.set_xlabel("rejections over TV")
+    shares.set_ylabel("losses over TV")
+    shares.set_title("(b) all temperatures, one line")
+    shares.legend(loc="upper right")
+
+    labels = {
+        "optimal": "optimal residual",
+        "target": "resampling from the target",
+        "lenience": "lenience",
+        "typical": "typical acceptance",
+    }
+    kinds = {point.kind for point in found.points}
+    for kind, (color, marker) in _LOOKS.items():
+        if kind in kinds:
+            speed.plot([], [], marker, color=color, markersize=4, label=labels[kind])
+    for index, temperature in enumerate(found.settings.temperatures):
+        face = "white" if index else COLORS[5]
+        label = f"temperature {temperature:g}"
+        speed.plot([], [], "o", color=COLORS[5], markersize=4, markerfacecolor=face, label=label)
+    speed.set_xlim(None, NUM_DRAFT_TOKENS + 1.1)
+    _room(speed, 0.75)
+    speed.set_xlabel("tokens per pass of the target")
+    speed.set_ylabel("loss per decoded token")
+    speed.set_title("(c) the speed that is bought")
+    speed.legend(loc="upper left")
 
 
 def _three_panels(canvas: Any) -> Any:

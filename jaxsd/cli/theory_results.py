@@ -8,6 +8,8 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from . import theory_measured
+
 # Figure 2: tokens of a text, states of the chain, drafts of a batch; the length of its third panel.
 LENGTH, NUM_STATES, BATCHES, LONG_LENGTH = 50, 7, (4, 5), 100
 PAPER_REJECTIONS = "16.41"
@@ -89,11 +91,17 @@ class Results(NamedTuple):
     rejections: Rejections
     bound: Bound
     tradeoff: Tradeoff
+    measured: theory_measured.Measured
 
 
 @functools.cache
-def compute(num_runs: int, num_chains: int) -> Results:
-    """Formulas, and so many simulated texts and random chains to hold them against."""
+def compute(
+    num_runs: int, num_chains: int, settings: theory_measured.Settings = theory_measured.FULL
+) -> Results:
+    """Formulas, and what they are held against.
+
+    That is so many simulated texts and random chains, and texts of the embedded pair.
+    """
     from jaxsd.costmodel._inputs import float64_on_host
 
     progress = rich.progress.Progress(
@@ -104,15 +112,20 @@ def compute(num_runs: int, num_chains: int) -> Results:
         console=rich.console.Console(stderr=True),
         transient=True,
     )
-    with progress, float64_on_host():
-        task = progress.add_task("drawing chains and texts", total=3)
-        rejections = _rejections(num_runs, num_chains)
-        progress.update(task, advance=1, description="verifying blocks")
-        bound = _bound()
-        progress.update(task, advance=1, description="following the front")
-        tradeoff = _tradeoff(*rejections.chain)
-        progress.update(task, advance=1)
-    return Results(rejections, bound, tradeoff)
+    with progress:
+        total = 3 + theory_measured.num_steps(settings)
+        task = progress.add_task("drawing chains and texts", total=total)
+        with float64_on_host():
+            rejections = _rejections(num_runs, num_chains)
+            progress.update(task, advance=1, description="verifying blocks")
+            bound = _bound()
+            progress.update(task, advance=1, description="following the front")
+            tradeoff = _tradeoff(*rejections.chain)
+        progress.update(task, advance=1, description="loading the embedded pair")
+        measured = theory_measured.measure(
+            settings, lambda text: progress.update(task, advance=1, description=text)
+        )
+    return Results(rejections, bound, tradeoff, measured)
 
 
 def _rejections(num_runs: int, num_chains: int) -> Rejections:
