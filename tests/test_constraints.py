@@ -103,12 +103,12 @@ def has_ended(constraints, text):
     return False
 
 
-def law(constraints, grammar, prompt, temperature):
-    """Every continuation of at most NEW tokens, with its probability."""
+def law(constraints, grammar, prompt, temperature, new=NEW):
+    """Every continuation of at most `new` tokens, with its probability."""
     found, open_texts = {}, {(): 1.0}
     while open_texts:
         text, mass = open_texts.popitem()
-        if len(text) == NEW or has_ended(constraints, list(text)):
+        if len(text) == new or has_ended(constraints, list(text)):
             found[text] = mass
             continue
         probs = place_law(constraints, grammar, prompt, list(text), temperature)
