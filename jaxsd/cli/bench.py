@@ -37,6 +37,7 @@ class Way(NamedTuple):
     drafter: jaxsd.Drafter
     verifier: Any
     siblings: int = 1  # independent drafts of the first place; 0: not independent
+    draft_lengths: tuple[int, ...] | None = None  # if a policy chooses among them
 
 
 class Built(NamedTuple):
@@ -46,6 +47,7 @@ class Built(NamedTuple):
     decoder: jaxsd.Decoder
     compile_seconds: float
     program_bytes: int  # of the compiled loop, as text
+    options: dict[str, Any]  # of the decoder's `start`
 
 
 def bench(
@@ -67,7 +69,8 @@ def bench(
 
     Args:
       verifiers: names separated by commas, or `all`: chain-rejection, chain-block, chain-matching,
-        chain-gumbel, lookup-block, batch-recursive, independent-k-seq, distinct-recursive,
+        chain-gumbel, cost-block (the draft length chosen in the loop), lookup-block, ngram-block,
+        exit-block, cascade-block, batch-recursive, independent-k-seq, distinct-recursive,
         distinct-traversal, mixed-recursive, chosen-matching, confident-matching.
       num_tokens: tokens drafted per round, separated by commas; a tree has so many nodes.
       temperatures: separated by commas; 0 is greedy.
@@ -85,7 +88,10 @@ def bench(
     Raises:
       ValueError: an argument, a model or the prompts are wrong, in one line.
     """
-    lengths = [int(value) for value in _numbers("num_tokens", num_tokens, 1)]
+    lengths = sorted({int(value) for value in _numbers("num_tokens", num_tokens, 1)})
+    if any(not value.is_integer() for value in _numbers("num_tokens", num_tokens, 1)):
+        raise ValueError(f"num_tokens={num_tokens!r} must be whole numbers")
+    asked = _names(verifiers)
     heats = _numbers("temperatures", temperatures, 0)
     for name, value in (
         ("num_prompts", num_prompts),
@@ -105,21 +111,24 @@ def bench(
     requests = measure.pad_prompts([target_.tokenizer.encode(text.text) for text in texts])
     target_model = models.language_model(target_.config)
     draft_model = models.language_model(draft_.config)
-    params = {"target": target_.params, "draft": draft_.params}
-    chosen = [
-        way for count in lengths for way in _ways(draft_model, count) if _is_asked(way, verifiers)
+    params: dict[str, Any] = {"target": target_.params, "draft": draft_.params}
+    ways = [
+        way
+        for count in lengths
+        for way in _ways(target_model, draft_model, count, lengths)
+        if way.name in asked
     ]
-    if not chosen:
-        names = sorted({way.name for count in lengths for way in _ways(draft_model, count)})
-        raise ValueError(f"verifiers={verifiers!r} must be all, or out of {', '.join(names)}")
     max_len = requests[0].tokens.shape[1] + max_new_tokens + 1
     plain = Way(PLAIN, 0, jaxsd.no_drafter(), jaxsd.block_verification)
-    steps = len(chosen) + 1 + repeats * len(heats) * len(requests)
+    steps = len(ways) + 2 + repeats * len(heats) * len(requests)
     with _progress(steps) as step:
+        if any("ngram" in way.drafter.models for way in ways):
+            step("counting n-grams of the standard library")
+            params["ngram"] = _ngram_table(target_.tokenizer)
         built = []
-        for way in [plain, *chosen]:
+        for way in [plain, *ways]:
             step(f"compiling {way.name}, {way.num_tokens} tokens")
-            built.append(_build(way, target_model, params, requests[0], max_len))
+            built.append(_build(way, target_model, params, requests, max_len, max_new_tokens))
         rows = _measure(built, params, requests, heats, max_new_tokens, repeats, seed, step)
     plain_rows = [rows[0, heat] for heat in heats]
     bounds = _bounds(target_, draft_, requests, rows, heats, lengths)
@@ -144,9 +153,33 @@ def bench(
     return result
 
 
-def _ways(draft: Any, count: int) -> list[Way]:
+NAMES = (
+    "chain-rejection",
+    "chain-block",
+    "chain-matching",
+    "chain-gumbel",
+    "cost-block",
+    "lookup-block",
+    "ngram-block",
+    "exit-block",
+    "cascade-block",
+    "batch-recursive",
+    "independent-k-seq",
+    "distinct-recursive",
+    "distinct-traversal",
+    "mixed-recursive",
+    "chosen-matching",
+    "confident-matching",
+)
+
+
+def _ways(target: Any, draft: Any, count: int, lengths: list[int]) -> list[Way]:
     """All ways of drafting `count` tokens a round."""
+    from jaxsd import models
+
     chain = jaxsd.model_drafter(draft, count)
+    # The first layers, a quarter of them; nobody trained the target to be read there.
+    part = models.exit_early(target, max(target.config.n_layers // 4, 1))
     paths = 2 if count % 2 == 0 else 1
     parallel, spine = jaxsd.trees.parallel(paths, count // paths), _spine(count)
 
@@ -164,6 +197,20 @@ def _ways(draft: Any, count: int) -> list[Way]:
             jaxsd.gumbel_coupling,
         ),
         Way("lookup-block", count, jaxsd.prompt_lookup(count), jaxsd.block_verification, 0),
+        Way("ngram-block", count, jaxsd.ngram_drafter(count), jaxsd.block_verification, 0),
+        Way(
+            "exit-block",
+            count,
+            jaxsd.early_exit_drafter(part, count),
+            jaxsd.block_verification,
+            0,
+        ),
+        Way(
+            "cascade-block",
+            count,
+            jaxsd.cascade_drafter(draft, jaxsd.prompt_lookup(min(count, 2)), count),
+            jaxsd.block_verification,
+        ),
         Way(
             "batch-recursive",
             count,
@@ -187,7 +234,39 @@ def _ways(draft: Any, count: int) -> list[Way]:
             0,
         )
     )
+    if count == lengths[-1]:
+        choice = (0, *lengths)
+        ways.append(Way("cost-block", count, chain, jaxsd.block_verification, 1, choice))
     return ways
+
+
+def _ngram_table(tokenizer: Any) -> jaxsd.NGramTable:
+    """Of the standard library's files from which no prompt of the package is taken."""
+    from jaxsd.models import corpus
+
+    files = corpus.read_files(
+        corpus.standard_library(), (".py",), exclude=corpus.STANDARD_LIBRARY_EXCLUDE
+    )
+    documents, _ = corpus.split_documents(files.documents)
+    texts = tokenizer.encode_batch([document.text for document in documents])
+    return jaxsd.ngram_table(texts, tokenizer.vocab_size)
+
+
+def _policy(
+    decoder: jaxsd.Decoder, params: Any, requests: list[Any], new: int
+) -> jaxsd.LengthPolicy:
+    """For a way that chooses its draft length: what a round of each length takes, in a trial."""
+    seconds = []
+    for count in range(decoder.num_tokens + 1):
+        policy = jaxsd.fixed_length(count)
+        each = []
+        for request in requests:
+            state = request.start(decoder, params, jax.random.key(0), 1.0, new, policy=policy)
+            began = time.perf_counter()
+            state = jax.block_until_ready(decoder.run(params, state, jaxsd.UNTIL_DONE))
+            each.append((time.perf_counter() - began) / int(state.stats.num_rounds[0]))
+        seconds.append(statistics.median(each))
+    return jaxsd.cost_aware_length(seconds)
 
 
 def _spine(count: int) -> tuple[int, ...]:
@@ -201,15 +280,22 @@ def _spine(count: int) -> tuple[int, ...]:
     return tuple(parents)
 
 
-def _build(way: Way, target_model: Any, params: Any, request: Any, max_len: int) -> Built:
-    decoder = jaxsd.speculative(target_model, way.drafter, way.verifier, max_len=max_len)
-    state = request.start(decoder, params, jax.random.key(0), 1.0, 2)
+def _build(
+    way: Way, target: Any, params: Any, requests: list[Any], max_len: int, new: int
+) -> Built:
+    decoder = jaxsd.speculative(
+        target, way.drafter, way.verifier, max_len=max_len, draft_lengths=way.draft_lengths
+    )
+    state = requests[0].start(decoder, params, jax.random.key(0), 1.0, 2)
     began = time.perf_counter()
     compiled = decoder.run.lower(params, state, jaxsd.UNTIL_DONE).compile()
     seconds = time.perf_counter() - began
     text = compiled.as_text()
     jax.block_until_ready(decoder.run(params, state, jaxsd.UNTIL_DONE))
-    return Built(way, decoder, seconds, len(text or ""))
+    options = {}
+    if way.draft_lengths is not None:
+        options = {"policy": _policy(decoder, params, requests, new)}
+    return Built(way, decoder, seconds, len(text or ""), options)
 
 
 class Row(NamedTuple):
@@ -243,8 +329,8 @@ def _measure(
                 # Another order every time: no way always follows the same other one.
                 for turn in range(len(built)):
                     index = (turn + repeat + number) % len(built)
-                    decoder = built[index].decoder
-                    state = request.start(decoder, params, row_key, heat, new)
+                    decoder, options = built[index].decoder, built[index].options
+                    state = request.start(decoder, params, row_key, heat, new, **options)
                     began = time.perf_counter()
                     state = jax.block_until_ready(decoder.run(params, state, jaxsd.UNTIL_DONE))
                     parts[index].append((time.perf_counter() - began, state))
@@ -343,10 +429,12 @@ def _show(result: dict[str, Any]) -> None:
     console = rich.console.Console(highlight=False)
     for index, heat in enumerate(result["temperatures"]):
         title = "greedy" if heat == 0 else f"temperature {heat:g}"
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
+        table = rich.table.Table(
+            box=rich.box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0)
+        )
         table.add_column("", no_wrap=True)
         for name in ("K", "tokens/s", "speed-up", "lowest", "highest", "length", "first", "bound"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         ways = sorted(result["ways"], key=lambda way: -way["figures"][index]["tokens_per_second"])
         for way in ways:
             one = way["figures"][index]
@@ -409,5 +497,12 @@ def _numbers(name: str, text: str, low: float) -> list[float]:
     return values
 
 
-def _is_asked(way: Way, verifiers: str) -> bool:
-    return verifiers == "all" or way.name in [name.strip() for name in verifiers.split(",")]
+def _names(verifiers: str) -> list[str]:
+    """The ways that were asked for."""
+    names = [name.strip() for name in verifiers.split(",")]
+    if names == ["all"]:
+        return list(NAMES)
+    if not set(names) <= set(NAMES):
+        unknown = [name for name in names if name not in NAMES]
+        raise ValueError(f"verifiers has {unknown}; wanted all, or some of {', '.join(NAMES)}")
+    return names

@@ -43,9 +43,15 @@ class Request(NamedTuple):
     length: int
 
     def start(
-        self, decoder: jaxsd.Decoder, params: Any, key: Array, temperature: float, new: int
+        self,
+        decoder: jaxsd.Decoder,
+        params: Any,
+        key: Array,
+        temperature: float,
+        new: int,
+        **options: Any,
     ) -> jaxsd.DecodeState:
-        """The state from which the loop starts, ready on the device."""
+        """The state from which the loop starts, ready on the device; `options` of the decoder."""
         state = decoder.start(
             params,
             self.tokens,
@@ -53,6 +59,7 @@ class Request(NamedTuple):
             key,
             sampling=jaxsd.Sampling(temperature),
             max_new_tokens=new,
+            **options,
         )
         return jax.block_until_ready(state)
 
