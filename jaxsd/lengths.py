@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 
 class LengthPolicy(NamedTuple):

@@ -6,7 +6,8 @@ is `(-1, 0, 1, ...)`.
 """
 
 import heapq
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -87,6 +88,77 @@ def best(
     ((-1, -1, 0, 2), 2.376)
     """
     _check_count("num_tokens", num_tokens)
+    chances = _chances(acceptance_by_rank, num_tokens)
+    deepest = len(chances) if max_depth is None else min(max_depth, len(chances))
+    nodes = list(itertools.islice(_likeliest(chances, deepest), num_tokens))
+    if len(nodes) < num_tokens:
+        raise ValueError(f"num_tokens={num_tokens}: only {len(nodes)} nodes can be accepted at all")
+    return _tree([path for path, _ in nodes]), 1.0 + sum(chance for _, chance in nodes)
+
+
+def fastest(
+    acceptance_by_rank: ArrayLike,
+    draft_seconds: ArrayLike,
+    verify_seconds: ArrayLike,
+) -> tuple[Parents, float]:
+    """The tree that commits most tokens per second, its size and depth chosen by measured times.
+
+        expected tokens / (draft_seconds of its levels + verify_seconds of its size)
+
+    over the `best` trees of every size and depth, the empty one, which is plain decoding, included.
+    Of equals the smallest and then the shallowest is taken. `tree_drafter` makes one pass a level.
+
+    Args:
+      acceptance_by_rank: as for `best`.
+      draft_seconds: of a pass of the draft; or `[D]`, of that which makes level 1, 2, ...
+      verify_seconds: `[N + 1]`, of a pass of the target over 0, 1, ..., N draft tokens and the one
+        before them; N is the largest size considered. Infinite where a size was not measured.
+
+    Returns:
+      The parents, level by level, and the expected tokens per second.
+
+    Raises:
+      ValueError: if a number is outside its range.
+
+    References:
+      Chen et al., 2024, Sequoia, https://arxiv.org/abs/2402.12374, section 3.3.
+
+    >>> parents, speed = fastest([0.6, 0.2, 0.1], 0.1, [1.0, 1.05, 1.1, 1.15, 1.6])
+    >>> parents, round(speed, 3)
+    ((-1, -1, 0), 1.6)
+    >>> fastest([0.6, 0.2, 0.1], 0.5, [1.0, 1.5, 2.0])
+    ((), 1.0)
+    """
+    verify = np.asarray(verify_seconds, np.float64)
+    if verify.ndim != 1 or not verify.size or not np.all(verify > 0):
+        raise ValueError(f"verify_seconds={verify.tolist()} must be [N + 1] positive numbers")
+    size = len(verify) - 1
+    draft = np.asarray(draft_seconds, np.float64)
+    if draft.ndim > 1 or not draft.size or not np.all(draft >= 0):
+        raise ValueError(
+            f"draft_seconds={draft.tolist()} must be one number of at least 0, or one a level"
+        )
+    chances = _chances(acceptance_by_rank, max(size, 1))
+    deepest = min(size, len(chances), *draft.shape)
+    levels = np.concatenate([[0.0], np.cumsum(np.broadcast_to(draft, (deepest,)))])
+    best_speed, best_paths = 1.0 / verify[0], []
+    for depth in range(1, deepest + 1):
+        expected, paths = 1.0, []
+        for path, chance in itertools.islice(_likeliest(chances, depth), size):
+            expected += chance
+            paths.append(path)
+            deep = max(map(len, paths))
+            speed = expected / (levels[deep] + verify[len(paths)])
+            # Beyond rounding: a child that costs as much as it brings is left out.
+            better = speed > best_speed * (1 + 1e-12)
+            as_good = speed >= best_speed * (1 - 1e-12) and len(paths) < len(best_paths)
+            if better or as_good:
+                best_speed, best_paths = speed, list(paths)
+    return _tree(best_paths), float(best_speed)
+
+
+def _chances(acceptance_by_rank: ArrayLike, num_levels: int) -> np.ndarray:
+    """Probabilities `[D, R]` by depth and rank, checked."""
     chances = np.asarray(acceptance_by_rank, np.float64)
     if chances.ndim not in (1, 2) or 0 in chances.shape:
         raise ValueError(f"acceptance_by_rank has shape {chances.shape}; wanted [R] or [D, R]")
@@ -95,14 +167,21 @@ def best(
             f"acceptance_by_rank={chances.tolist()} must be at least 0 and sum to at most 1"
         )
     if chances.ndim == 1:
-        chances = np.broadcast_to(chances, (num_tokens, chances.size))
-    deepest = len(chances) if max_depth is None else min(max_depth, len(chances))
+        chances = np.broadcast_to(chances, (num_levels, chances.size))
+    return chances
+
+
+def _likeliest(chances: np.ndarray, deepest: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    """All nodes that can be accepted, likeliest first: the ranks from the root on, and the chance.
+
+    The ranks are places in the order of likelihood.
+    """
     order = np.argsort(-chances, axis=1, kind="stable")
-    # A node is its ranks from the root on. Of every node the next sibling and the first child wait.
+    # Of every node the next sibling and the first child wait.
     waiting: list[tuple[float, tuple[int, ...], float]] = []
 
     def offer(above: float, path: tuple[int, ...]) -> None:
-        """The child of place `path[-1]` in the order of likelihood, under a node of this chance."""
+        """A node under one of this chance."""
         depth, place = len(path) - 1, path[-1]
         if depth < deepest and place < chances.shape[1]:
             chance = above * float(chances[depth, order[depth, place]])
@@ -110,21 +189,18 @@ def best(
                 heapq.heappush(waiting, (-chance, path, above))
 
     offer(1.0, (0,))
-    taken: list[tuple[int, ...]] = []
-    expected = 1.0
-    while len(taken) < num_tokens:
-        if not waiting:
-            raise ValueError(
-                f"num_tokens={num_tokens}: only {len(taken)} nodes can be accepted at all"
-            )
+    while waiting:
         negative, path, above = heapq.heappop(waiting)
-        taken.append(path)
-        expected -= negative
+        yield path, -negative
         offer(above, (*path[:-1], path[-1] + 1))
         offer(-negative, (*path, 0))
-    taken.sort(key=lambda path: (len(path), path))
-    index = {path: i for i, path in enumerate(taken)}
-    return tuple(index.get(path[:-1], -1) for path in taken), expected
+
+
+def _tree(paths: Sequence[tuple[int, ...]]) -> Parents:
+    """The topology of nodes given by their ranks from the root on, level by level."""
+    ordered = sorted(paths, key=lambda path: (len(path), path))
+    index = {path: i for i, path in enumerate(ordered)}
+    return tuple(index.get(path[:-1], -1) for path in ordered)
 
 
 def expected_tokens(parents: Sequence[int], acceptance_by_rank: ArrayLike) -> float:

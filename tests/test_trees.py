@@ -78,3 +78,46 @@ def test_best_tree_by_depth_obeys_its_depth_and_orders_levels():
 def test_wrong_trees_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3),
+    st.floats(0.2, 1.0),
+    st.lists(st.floats(0.0, 0.5), min_size=4, max_size=4),
+    st.lists(st.floats(0.0, 0.5), min_size=4, max_size=4),
+)
+def test_fastest_tree_beats_every_tree_of_every_size_and_depth(weights, total, draft, more):
+    chances = np.sort(np.array(weights) / np.sum(weights) * total)[::-1]
+    verify = 1.0 + np.concatenate([[0.0], np.cumsum(more)])
+
+    def speed(parents):
+        deep = max(trees.depths(parents), default=0)
+        tokens = trees.expected_tokens(parents, chances) if parents else 1.0
+        return tokens / (sum(draft[:deep]) + verify[len(parents)])
+
+    parents, found = trees.fastest(chances, draft, verify)
+    assert found == pytest.approx(speed(parents), rel=1e-9)
+    every = [tree for size in range(5) for tree in all_trees(size)]
+    fitting = [tree for tree in every if max(trees.rank(tree), default=0) < chances.size]
+    assert found == pytest.approx(max(map(speed, fitting)), rel=1e-9)
+
+
+def test_fastest_tree_skips_sizes_that_were_not_measured():
+    parents, _ = trees.fastest([0.7, 0.2], 0.0, [1.0, np.inf, np.inf, 1.01, np.inf])
+    assert len(parents) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0.5], 0.1, []), "verify_seconds"),
+        (([0.5], 0.1, [1.0, 0.0]), "verify_seconds"),
+        (([0.5], -0.1, [1.0, 1.0]), "draft_seconds"),
+        (([0.5], np.nan, [1.0, 1.0]), "draft_seconds"),
+        (([1.5], 0.1, [1.0, 1.0]), "acceptance_by_rank"),
+    ],
+)
+def test_fastest_names_wrong_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        trees.fastest(*arguments)
