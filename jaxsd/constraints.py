@@ -99,6 +99,27 @@ class Guide(NamedTuple):
             :, 0
         ]
 
+    def constrain_nodes(
+        self, logits: Array, nodes: Array, lengths: Array, tokens: Array, parents: Array
+    ) -> Array:
+        """Logits `[B, N, V]` under the rules, of the tokens that follow some nodes of a tree.
+
+        Args:
+          logits: `[B, N, V]`.
+          nodes: `[B, N]` int32; -1 is the text before the tree.
+          lengths: `[B]`, of that text.
+          tokens: `[B, K]`, all nodes so far.
+          parents: `[B, K]`, as in `Draft`.
+        """
+        if tokens.shape[1] == 0:
+            return apply(self.rules, self.grammar, logits, lengths, tokens, None, self.eos_ids)
+        batch_size, _, size = logits.shape
+        rows = jnp.arange(batch_size, dtype=jnp.int32)[:, None]
+        every = jnp.zeros((batch_size, tokens.shape[1] + 1, size), logits.dtype)
+        every = every.at[rows, nodes + 1].set(logits)
+        every = apply(self.rules, self.grammar, every, lengths, tokens, parents, self.eos_ids)
+        return jnp.take_along_axis(every, (nodes + 1)[:, :, None], axis=1)
+
     def advance(self, rules: Rules, tokens: Array) -> Rules:
         """The rules after one token `[B]` more."""
         return advance(rules, self.grammar, tokens[:, None], jnp.ones_like(tokens))

@@ -231,7 +231,14 @@ def tree_drafter(
         level = [-1]
         drafted: list[Array] = [jnp.zeros_like(lengths)] * num_tokens
         laws: list[Array] = [jnp.zeros_like(logits[:, 0], jnp.float32)] * num_tokens
+        guide = getattr(sampling, "guide", None)
+        given = jnp.minimum(lengths, 0)[:, None] + jnp.array(parents, jnp.int32)[None, :]
         for number in range(1, depth + 1):
+            if guide is not None:
+                known = level[-1] + 1  # nodes so far, as far as they are asked for
+                above = jnp.stack([*drafted[:known], lengths], axis=1)[:, :known]
+                nodes = jnp.broadcast_to(jnp.array(level, jnp.int32)[None], logits.shape[:2])
+                logits = guide.constrain_nodes(logits, nodes, lengths, above, given[:, :known])
             # Families of one size are drawn together.
             for count in sorted({len(children[node + 1]) for node in level}):
                 places = [i for i, node in enumerate(level) if len(children[node + 1]) == count]
@@ -251,7 +258,6 @@ def tree_drafter(
             seen = seen | (lengths < 0)[:, None, None]
             logits, cache = model.apply_tree(params[name], block, positions, cache, lengths, seen)
             logits = logits[:, np.array(level) - first]
-        given = jnp.minimum(lengths, 0)[:, None] + jnp.array(parents, jnp.int32)[None, :]
         probs = jnp.stack(laws, axis=1)
         return Proposal(
             tokens=jnp.stack(drafted, axis=1),
@@ -332,8 +338,11 @@ def confident_tree_drafter(
         keys: Array,
         sampling: Sampling,
     ) -> Proposal:
-        del keys, sampling
+        del keys
+        guide = getattr(sampling, "guide", None)
         logits, cache = read_last(model, params[name], state[0], tokens, lengths)
+        if guide is not None:
+            logits = guide.constrain(guide.rules, logits, lengths)
         chances, made = lax.top_k(jax.nn.log_softmax(logits.astype(jnp.float32)), width)
         # Of all nodes made so far: token, value, parent, and the slot it was read into, or none.
         all_tokens, all_values = made, chances
@@ -354,6 +363,8 @@ def confident_tree_drafter(
             all_slots = jax.vmap(lambda into, at, one: into.at[at].set(one))(
                 all_slots, frontier, slot
             )
+            if guide is not None:
+                logits = guide.constrain_nodes(logits, frontier, lengths, all_tokens, all_parents)
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             chances, made = lax.top_k(log_probs, width)  # [B, width, width]
             values = (frontier_values[:, :, None] + chances).reshape(len(made), -1)

@@ -28,6 +28,7 @@ PARTS = {
         jaxsd.traversal_verification,
     ),
 }
+CONFIDENT = jaxsd.confident_tree_drafter(MODEL, 4, depth=2, width=2), jaxsd.target_matching
 BIAS = np.array([0.5, -1.0, -np.inf, 0.0], np.float32)
 PENALTIES = jaxsd.Constraints(repetition_penalty=1.7, presence_penalty=0.6, frequency_penalty=0.3)
 CASES = {
@@ -51,7 +52,7 @@ CASES = {
 def decoder(parts, has_grammar, log_probs=False, max_len=12):
     return jaxsd.speculative(
         MODEL,
-        *PARTS[parts],
+        *(PARTS | {"confident tree": CONFIDENT})[parts],
         max_len=max_len,
         eos_id=EOS,
         grammar=GRAMMAR if has_grammar else None,
@@ -146,23 +147,23 @@ def test_texts_have_the_law_of_the_constrained_target(name, parts):
         assert not judged.findings, judged.findings
 
 
-@pytest.mark.parametrize("parts", ["chain", "tree"])
+@pytest.mark.parametrize("parts", ["chain", "tree", "confident tree"])
 def test_a_draft_that_is_the_target_is_accepted_whole_if_it_follows_the_rules(parts):
-    """A chain drafter is guided by the rules: with the target's weights nothing is rejected."""
+    """Drafters are guided by the rules: with the target's weights nothing is rejected, and every
+    round reaches the end of its chain or tree."""
     out = decoder(parts, True).generate(
         ITSELF,
         [[1]] * 50,
         None,
         jax.random.key(0),
-        sampling=jaxsd.Sampling(1.0),
+        # The most probable tokens are the target's own where it is greedy.
+        sampling=jaxsd.Sampling(0.0 if parts == "confident tree" else 1.0),
         max_new_tokens=8,
         constraints=PENALTIES._replace(logit_bias=BIAS),
     )
     stats = jaxsd.stats.total(out.stats)
-    if parts == "chain":
-        assert int(stats.num_accepted) == int(stats.num_drafted)
-    else:
-        assert 0 < int(stats.num_accepted) < int(stats.num_drafted)
+    depth = 3 if parts == "chain" else 2
+    assert int(stats.num_accepted) == depth * int(stats.num_rounds)
 
 
 def test_rows_have_their_own_constraints_and_others_make_no_new_trace():
