@@ -11,19 +11,17 @@ import contextlib
 import functools
 import itertools
 import math
-import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import sampling as sampling_lib
 from . import trees as tree_lib
+from .cases import Case, chain_parents, function_cases, target_law, verifier_cases
+from .replay import CannotReplay, Runs, freeze, lanes, one_by_one, walk
 from .types import Decoder, Draft, LanguageModel, Params, Sampling, Verifier
 
 _PLAIN = Sampling(temperature=1.0)
@@ -228,11 +226,11 @@ def check_verifier(
     cases = []
     for _ in range(num_repeats):
         for length in num_tokens:
-            cases += _verifier_cases(rng, vocab_size, _chain(length), "independent", dtype)
+            cases += verifier_cases(rng, vocab_size, chain_parents(length), "independent", dtype)
         for parents in topologies:
             has_siblings = len(set(parents)) < len(parents)
             for kind in siblings if has_siblings else siblings[:1]:
-                cases += _verifier_cases(rng, vocab_size, parents, kind, dtype)
+                cases += verifier_cases(rng, vocab_size, parents, kind, dtype)
     return _check(emit, cases, dtype, seed, false_alarm, strict_layout=True)
 
 
@@ -294,7 +292,7 @@ def check_function(
     cases = []
     for length in num_tokens:
         for _ in range(num_repeats):
-            cases += _function_cases(rng, vocab_size, length, dtype, sampling, chosen_drafts)
+            cases += function_cases(rng, vocab_size, length, dtype, sampling, chosen_drafts)
 
     def emit(
         key: Array, tokens: Array, probs: Array, target: Array, parents: Array
@@ -388,7 +386,7 @@ def check_decoder(
     ]
     results = []
     for index, (prompt, setting) in enumerate(groups):
-        law = _target_law(target, params["target"], prompt, setting, num_new_tokens, ends)
+        law = target_law(target, params["target"], prompt, setting, num_new_tokens, ends)
         counts: dict[tuple[int, ...], int] = {}
         for text in texts[index :: len(groups)]:
             counts[text] = counts.get(text, 0) + 1
@@ -438,713 +436,18 @@ def exact_law(
     for one in (key, jax.random.fold_in(key, 2**31 - 1)):
         law: dict[Hashable, float] = {}
         used: set[bytes] = set()
-        for outcome, weight, replay in _walk(sample, one, max_paths):
+        for outcome, weight, replay in walk(sample, one, max_paths):
             keys = [np.asarray(data).tobytes() for data in replay.keys]
             if len(set(keys)) < len(keys):
                 raise ValueError(f"a key is used twice, among draws by {replay.samplers}")
             used |= set(keys)
-            law[_freeze(outcome)] = law.get(_freeze(outcome), 0.0) + weight
+            law[freeze(outcome)] = law.get(freeze(outcome), 0.0) + weight
         runs.append((law, used))
     if runs[0][1] & runs[1][1]:
         raise ValueError("a draw does not depend on the key given")
     if runs[0][0] != runs[1][0]:
         raise ValueError("the outcome depends on the key beyond the draws that can be replayed")
     return dict(sorted(runs[0][0].items(), key=lambda item: repr(item[0])))
-
-
-# ---- Replay: a random function's draws as choices that somebody enumerates
-
-
-class _CannotReplay(ValueError):
-    """The function draws in a way that has no exact replay; test it by samples."""
-
-
-# What draws nothing. Every sampler but the four that `_Replay` has ends the replay when reached.
-_KEY_FUNCTIONS = {"key", "PRNGKey", "split", "fold_in", "clone", "wrap_key_data", "key_data"}
-_KEY_FUNCTIONS |= {"key_dtype", "key_impl"}
-
-_Choose = Callable[[Array], Array]  # weights [m, n] to indices [m]
-
-
-def _current_trace() -> Any:
-    """Something equal within one trace and different between two; older JAX has it elsewhere."""
-    home = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
-    return home.get_opaque_trace_state(convention="nnx")
-
-
-class _Replay:
-    """Stands in for jax.random's samplers during one run of a function."""
-
-    def __init__(self, choose: _Choose):
-        self.choose = choose
-        self.trace = _current_trace()
-        self.samplers: list[str] = []
-        self.keys: list[Array] = []  # their key data, draw by draw
-        # What is known of every uniform so far: it lies in [low, high).
-        self.low: list[Array] = []
-        self.high: list[Array] = []
-
-    def _use(self, key: Array, sampler: str) -> None:
-        # A draw that is traced apart (under vmap, in the body of a compiled loop) stands for many
-        # draws, and its trace could be remembered: it must not come to its end.
-        if _current_trace() != self.trace:
-            raise _CannotReplay(f"{sampler} under vmap or inside a compiled loop or branch")
-        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        self.keys.append(jax.random.key_data(key) if is_typed else key)
-        self.samplers.append(sampler)
-
-    def bernoulli(self, key: Array, p: Any = 0.5, shape: Any = None, **options: Any) -> Array:
-        del options
-        self._use(key, "bernoulli")
-        p = _as_float(p)
-        p = jnp.broadcast_to(p, p.shape if shape is None else shape)
-        index = self.choose(_coin(p.reshape(-1)))
-        return (index == 1).reshape(p.shape)
-
-    def categorical(
-        self,
-        key: Array,
-        logits: Any,
-        axis: int = -1,
-        shape: Any = None,
-        replace: bool = True,
-        **options: Any,
-    ) -> Array:
-        del options
-        self._use(key, "categorical")
-        if shape is not None or not replace:
-            raise _CannotReplay("categorical with a shape or without replacement")
-        logits = jnp.moveaxis(_as_float(logits), axis, -1)
-        index = self.choose(_softmax_weights(logits.reshape(-1, logits.shape[-1])))
-        return index.reshape(logits.shape[:-1]).astype(jnp.asarray(0).dtype)
-
-    def token(self, key: Array, probs: Any) -> Array:
-        """For `jaxsd.categorical`, whose two-level inversion has a test of its own."""
-        self._use(key, "jaxsd.categorical")
-        probs = _as_float(probs)
-        rows = probs.reshape(-1, probs.shape[-1])
-        drawn = self.choose(rows / jnp.sum(rows, axis=1, keepdims=True))
-        return drawn.reshape(probs.shape[:-1])
-
-    def choice(
-        self,
-        key: Array,
-        a: Any,
-        shape: Any = (),
-        replace: bool = True,
-        p: Any = None,
-        axis: int = 0,
-        **options: Any,
-    ) -> Array:
-        del options
-        self._use(key, "choice")
-        values = jnp.arange(a) if np.ndim(a) == 0 else jnp.asarray(a)
-        count = math.prod(shape)
-        if values.ndim != 1 or axis != 0 or (not replace and count > 1):
-            raise _CannotReplay("choice of subarrays or without replacement")
-        weights = jnp.ones(values.shape) if p is None else _as_float(p)
-        weights = weights / jnp.sum(weights)
-        index = self.choose(jnp.broadcast_to(weights[None, :], (count, values.size)))
-        return values[index].reshape(shape)
-
-    def uniform(
-        self, key: Array, shape: Any = (), dtype: Any = None, minval: Any = 0.0, maxval: Any = 1.0
-    ) -> "_Uniform":
-        self._use(key, "uniform")
-        dtype = jnp.ones(()).dtype if dtype is None else jnp.dtype(dtype)
-        low, high = (jnp.asarray(x, dtype) for x in (minval, maxval))
-        first, count = len(self.low), math.prod(shape)
-        self.low += [jnp.zeros((), dtype)] * count
-        self.high += [jnp.ones((), dtype)] * count
-        ids = np.arange(first, first + count).reshape(shape)
-        return _Uniform(
-            self, ids, jnp.broadcast_to(high - low, shape), jnp.broadcast_to(low, shape)
-        )
-
-    def is_below(self, uniform: "_Uniform", other: Any) -> Array:
-        """Decides scale * u + offset < other; every element is a draw among what is still open."""
-        other = jnp.asarray(other).astype(uniform.scale.dtype)
-        shape = np.broadcast_shapes(uniform.ids.shape, other.shape)
-        ids = np.broadcast_to(uniform.ids, shape).reshape(-1)
-        scale, offset, other = (
-            jnp.broadcast_to(x, shape).reshape(-1) for x in (uniform.scale, uniform.offset, other)
-        )
-        bound = (other - offset) / jnp.where(scale == 0, jnp.ones_like(scale), scale)
-        # A uniform that occurs once may be decided together with others; one at a time if it
-        # recurs.
-        whole = len(set(ids.tolist())) == ids.size
-        parts = [np.arange(ids.size)] if whole else [np.array([i]) for i in range(ids.size)]
-        decided = [jnp.zeros((0,), bool)]
-        for part in parts:
-            if not part.size:
-                continue
-            low = jnp.stack([self.low[i] for i in ids[part]])
-            high = jnp.stack([self.high[i] for i in ids[part]])
-            at = jnp.clip(bound[part], low, high)
-            open_ = high > low
-            p = jnp.where(
-                open_, (at - low) / jnp.where(open_, high - low, 1), (low < at).astype(at.dtype)
-            )
-            below = self.choose(_coin(p)) == 1
-            low, high = jnp.where(below, low, at), jnp.where(below, at, high)
-            for place, i in enumerate(ids[part]):
-                self.low[i], self.high[i] = low[place], high[place]
-            decided.append(below)
-        below = jnp.concatenate(decided)
-        below = jnp.where(scale > 0, below, jnp.where(scale < 0, ~below, offset < other))
-        return (below & ~jnp.isnan(other)).reshape(shape)
-
-
-class _Uniform:
-    """A uniform number not yet drawn: scale * u + offset, elementwise; it can be compared."""
-
-    __array_ufunc__ = None  # numpy leaves comparisons and arithmetic with it to this class
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-    def __init__(self, replay: _Replay, ids: np.ndarray, scale: Array, offset: Array):
-        self.replay, self.ids, self.scale, self.offset = replay, ids, scale, offset
-        self.shape, self.ndim, self.dtype = ids.shape, ids.ndim, scale.dtype
-
-    def _affine(self, factor: Any, shift: Any) -> "_Uniform":
-        factor, shift = (jnp.asarray(x).astype(self.dtype) for x in (factor, shift))
-        shape = np.broadcast_shapes(self.ids.shape, factor.shape, shift.shape)
-        factor, shift, scale, offset = (
-            jnp.broadcast_to(x, shape) for x in (factor, shift, self.scale, self.offset)
-        )
-        ids = np.broadcast_to(self.ids, shape)
-        return _Uniform(self.replay, ids, scale * factor, offset * factor + shift)
-
-    def __mul__(self, other: Any) -> "_Uniform":
-        return self._affine(other, 0.0)
-
-    def __add__(self, other: Any) -> "_Uniform":
-        return self._affine(1.0, other)
-
-    def __sub__(self, other: Any) -> "_Uniform":
-        return self._affine(1.0, -jnp.asarray(other))
-
-    def __rsub__(self, other: Any) -> "_Uniform":
-        return self._affine(-1.0, other)
-
-    def __truediv__(self, other: Any) -> "_Uniform":
-        return self._affine(1.0 / jnp.asarray(other), 0.0)
-
-    __rmul__, __radd__ = __mul__, __add__
-
-    # That a uniform equals a bound exactly has probability zero, so "<" and "<=" are one.
-    def __lt__(self, other: Any) -> Array:
-        return self.replay.is_below(self, other)
-
-    def __gt__(self, other: Any) -> Array:
-        return ~self.replay.is_below(self, other) & ~jnp.isnan(jnp.asarray(other))
-
-    __le__, __ge__ = __lt__, __gt__
-
-    def __getitem__(self, index: Any) -> "_Uniform":
-        return _Uniform(self.replay, self.ids[index], self.scale[index], self.offset[index])
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def reshape(self, *shape: Any) -> "_Uniform":
-        scale, offset = self.scale.reshape(*shape), self.offset.reshape(*shape)
-        return _Uniform(self.replay, self.ids.reshape(*shape), scale, offset)
-
-
-def _as_float(value: Any) -> Array:
-    array = jnp.asarray(value)
-    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.ones(()).dtype)
-
-
-def _coin(p: Array) -> Array:
-    """Weights `[m, 2]` of false and true; as the sampler's `u < p` has it, NaN is false."""
-    p = jnp.where(p > 0, jnp.minimum(p, 1), 0)
-    return jnp.stack([1 - p, p], axis=-1)
-
-
-def _softmax_weights(logits: Array) -> Array:
-    """Weights `[m, n]` of `categorical`, also where its argmax is decided by an inf or a NaN."""
-    decided = ~jnp.isfinite(jnp.max(logits, axis=-1, keepdims=True))
-    only = jnp.arange(logits.shape[-1])[None, :] == jnp.argmax(logits, axis=-1, keepdims=True)
-    soft = jax.nn.softmax(jnp.where(decided, 0, logits), axis=-1)
-    return jnp.where(decided, only.astype(soft.dtype), soft)
-
-
-@contextlib.contextmanager
-def _patched(replay: _Replay) -> Iterator[None]:
-    """`jax.random` draws from `replay` and jitted functions run as Python; undone in any case."""
-
-    def opaque(name: str) -> Callable[..., Any]:
-        def sampler(*args: Any, **options: Any) -> Any:
-            raise _CannotReplay(f"jax.random.{name} has no exact replay")
-
-        return sampler
-
-    samplers: dict[str, Any] = {
-        name: getattr(replay, name) for name in ("bernoulli", "categorical", "choice", "uniform")
-    }
-    for name in set(dir(jax.random)) - set(samplers) - _KEY_FUNCTIONS:
-        if not name.startswith("_") and callable(getattr(jax.random, name)):
-            samplers[name] = opaque(name)
-    replaced = [(jax.random, name, sampler) for name, sampler in samplers.items()]
-    package = sys.modules["jaxsd"]
-    replaced += [(module, "categorical", replay.token) for module in (package, sampling_lib)]
-    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    try:
-        for module, name, sampler in replaced:
-            setattr(module, name, sampler)
-        with jax.disable_jit():
-            yield
-    finally:
-        for module, name, sampler in originals:
-            setattr(module, name, sampler)
-
-
-def _walk(
-    sample: Callable[[Array], Any], key: Array, max_paths: int
-) -> Iterator[tuple[Any, float, _Replay]]:
-    """Every run of `sample` with its probability, depth first."""
-    pending: list[list[int]] = [[]]
-    for _ in range(max_paths):
-        if not pending:
-            return
-        path = _Path(pending.pop())
-        replay = _Replay(path.choose)
-        with _patched(replay):
-            outcome = sample(key)
-        pending += path.others
-        yield outcome, path.weight, replay
-    if pending:
-        raise _CannotReplay(f"more than {max_paths} ways to draw")
-
-
-class _Path:
-    """Draws that follow `decided` and then take the first possible outcome, noting the others."""
-
-    def __init__(self, decided: list[int]):
-        self.decided, self.chosen, self.weight = decided, [], 1.0
-        self.others: list[list[int]] = []
-
-    def choose(self, weights: Array) -> Array:
-        start = len(self.chosen)
-        for row in np.asarray(weights, np.float64):
-            at = len(self.chosen)
-            if at < len(self.decided):
-                outcome = self.decided[at]
-            else:
-                outcome, *rest = np.flatnonzero(row > 0).tolist()
-                self.others += [[*self.chosen, other] for other in rest]
-            self.chosen.append(outcome)
-            self.weight *= float(row[outcome])
-        return jnp.asarray(self.chosen[start:], jnp.int32)
-
-
-class _Runs(NamedTuple):
-    """Runs of a function over N stacked arguments and all outcomes of its draws.
-
-    outputs: what it returned, arrays `[M, ...]`.
-    weights: `[M]`, the chance of the run given its argument; above 0.
-    owners: `[M]`, index of the argument.
-    notes: what was found wrong with its keys.
-    """
-
-    outputs: tuple[np.ndarray, ...]
-    weights: np.ndarray
-    owners: np.ndarray
-    notes: list[str]
-
-
-def _lanes(fn: Callable[..., Any], args: tuple[np.ndarray, ...], max_lanes: int = 1 << 19) -> _Runs:
-    """All runs at once, compiled; needs draws that are the same in number and kind in every run."""
-    arities: list[int] = []
-
-    def first(weights: Array) -> Array:
-        arities.extend([weights.shape[1]] * weights.shape[0])
-        return jnp.zeros(weights.shape[:1], jnp.int32)
-
-    key, other_key = jax.random.key(0), jax.random.key(1)
-
-    def discover(*args: Any) -> Any:
-        with _patched(_Replay(first)):
-            return fn(*args)
-
-    jax.eval_shape(discover, key, *(x[0] for x in args))
-    num_paths, size = math.prod(arities), len(args[0])
-    if num_paths * size > max_lanes:
-        raise _CannotReplay(f"{num_paths} ways to draw for each of {size} inputs")
-    paths = np.array(list(itertools.product(*map(range, arities))), np.int32)
-    paths = paths.reshape(num_paths, len(arities))
-    samplers: list[str] = []
-
-    def lane(key: Array, path: Array, *args: Array) -> tuple[Any, Array, list[Array]]:
-        at, weight = 0, jnp.ones(())
-
-        def choose(weights: Array) -> Array:
-            nonlocal at, weight
-            num, arity = weights.shape
-            if arities[at : at + num] != [arity] * num:
-                raise _CannotReplay("draws that depend on earlier draws in number or kind")
-            index = path[at : at + num]
-            at += num
-            chosen = jnp.take_along_axis(weights, index[:, None], axis=1)
-            weight = weight * jnp.prod(chosen).astype(weight.dtype)
-            return index
-
-        replay = _Replay(choose)
-        with _patched(replay):
-            outputs = fn(key, *args)
-        if at != len(arities):
-            raise _CannotReplay("fewer draws than in another run")
-        samplers[:] = replay.samplers
-        return jax.tree.map(jnp.asarray, outputs), weight, replay.keys
-
-    axes = (None, 0, *(0 for _ in args))
-    lanes = jax.jit(jax.vmap(lane, in_axes=axes))  # not the decoder: its loop is the only other
-    stacked = [np.tile(x, (num_paths,) + (1,) * (x.ndim - 1)) for x in args]
-    results = []
-    for one in (key, other_key):
-        outputs, weight, keys = lanes(one, np.repeat(paths, size, axis=0), *stacked)
-        possible = np.asarray(weight) > 0
-        arrays = [np.asarray(x)[possible] for x in (*outputs, weight)]
-        results.append((arrays, [np.asarray(data)[possible] for data in keys], possible))
-    (arrays, keys, possible), (other_arrays, other_keys, _) = results
-    _check_same(arrays, other_arrays)
-    notes = []
-    for i, j in itertools.combinations(range(len(keys)), 2):
-        if np.any(np.all(keys[i] == keys[j], axis=-1)):
-            notes.append(_REUSED.format(samplers[i], samplers[j]))
-    if any(np.any(np.all(a == b, axis=-1)) for a, b in zip(keys, other_keys, strict=True)):
-        notes.append(_CONSTANT)
-    owners = np.tile(np.arange(size), num_paths)[possible]
-    *outputs, weights = arrays
-    return _Runs(tuple(outputs), weights.astype(np.float64), owners, notes)
-
-
-def _one_by_one(fn: Callable[..., Any], args: tuple[np.ndarray, ...]) -> _Runs:
-    """All runs one after another, for code that branches in Python on what it drew; slow."""
-    outputs: list[tuple[np.ndarray, ...]] = []
-    weights: list[float] = []
-    owners: list[int] = []
-    notes: list[str] = []
-    for index in range(len(args[0])):
-        inputs = [jnp.asarray(x[index]) for x in args]
-        # The second key only shows whether anything but the draws depends on it: a few inputs do.
-        runs = []
-        for key in (jax.random.key(0), jax.random.key(1))[: 2 if index % 16 == 0 else 1]:
-            runs.append(list(_walk(lambda key: fn(key, *inputs), key, 5_000)))  # noqa: B023
-        for output, weight, replay in runs[0]:
-            outputs.append(tuple(np.asarray(x) for x in output))
-            weights.append(weight)
-            owners.append(index)
-            keys = [np.asarray(data).tobytes() for data in replay.keys]
-            for i, j in itertools.combinations(range(len(keys)), 2):
-                if keys[i] == keys[j]:
-                    notes.append(_REUSED.format(replay.samplers[i], replay.samplers[j]))
-        if len(runs) == 2:
-            drawn = [[out for out, _, _ in run] for run in runs]
-            _check_same(*(jax.tree.leaves(jax.tree.map(np.asarray, out)) for out in drawn))
-            used = [{np.asarray(k).tobytes() for *_, r in run for k in r.keys} for run in runs]
-            if used[0] & used[1]:
-                notes.append(_CONSTANT)
-    stacked = tuple(np.stack(parts) for parts in zip(*outputs, strict=True))
-    return _Runs(stacked, np.array(weights), np.array(owners), list(dict.fromkeys(notes)))
-
-
-_REUSED = "a key is used twice, by {} and by {}: the two draws are not independent"
-_CONSTANT = "a draw does not depend on the key given: it repeats in every call"
-
-
-def _check_same(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> None:
-    """Two keys, all draws replayed, must give the same outputs."""
-    same = len(first) == len(second)
-    if not same or not all(np.array_equal(a, b) for a, b in zip(first, second, strict=True)):
-        raise _CannotReplay("the output depends on the key beyond the draws that were seen")
-
-
-def _freeze(tree: Any) -> Hashable:
-    """An outcome as something a dict can hold."""
-
-    def tuples(value: Any) -> Hashable:
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-    if isinstance(tree, Mapping):
-        return tuple((name, _freeze(value)) for name, value in sorted(tree.items()))
-    if isinstance(tree, tuple | list):
-        return tuple(map(_freeze, tree))
-    return tuples(np.asarray(tree).tolist())
-
-
-# ---- Cases: kernels of target and draft, and the law that must come out
-
-
-class _Case(NamedTuple):
-    """One pair of history-dependent kernels; level i is an array `[V] * i + [V]`.
-
-    name: the kind.
-    target: levels 0..D, float64, rows summing to 1; the law to be emitted; D is the tree's depth.
-    given: levels 0..D, what the function gets for them: probabilities or logits.
-    draft: levels 0..D-1, rows summing to 1, or to 0 where nothing is proposed.
-    parents: of every node; a chain's if there is no tree.
-    siblings: how children are drawn from their parent's draft kernel.
-    """
-
-    name: str
-    target: list[np.ndarray]
-    given: list[np.ndarray]
-    draft: list[np.ndarray]
-    parents: tuple[int, ...]
-    siblings: str = "independent"
-
-    @property
-    def length(self) -> int:
-        return len(self.parents)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.target[0].shape[-1]
-
-    def paths(self) -> list[list[int]]:
-        """Of every node the nodes from the root down to it."""
-        found: list[list[int]] = []
-        for node, parent in enumerate(self.parents):
-            found.append([*(found[parent] if parent >= 0 else []), node])
-        return found
-
-    def node_probs(self, node: int, tokens: np.ndarray) -> np.ndarray:
-        """What node's token is drawn from, `[N, V]`, given the tokens `[N, >= node]` before it."""
-        path = self.paths()[node][:-1]
-        row = self.draft[len(path)][tuple(tokens[:, path].T)]
-        row = np.broadcast_to(row, (len(tokens), self.vocab_size))
-        family = [i for i, parent in enumerate(self.parents) if parent == self.parents[node]]
-        place = family.index(node)
-        eye = np.eye(self.vocab_size, dtype=row.dtype)
-        if self.siblings == "distinct":
-            left = row * (1 - eye[tokens[:, family[:place]]].sum(1, dtype=row.dtype))
-            total = left.sum(-1, keepdims=True)
-            return np.where(total > 0, left / np.where(total > 0, total, 1), 0).astype(row.dtype)
-        if self.siblings in ("chosen", "mixed"):
-            # Nothing is proposed by a child that a kernel of this support has no token for.
-            order = np.argsort(-row, axis=-1, kind="stable")
-            num_chosen = len(family) - (self.siblings == "mixed")
-            at = place - (self.siblings == "mixed")
-            if at < 0:
-                left = row * (1 - eye[order[:, :num_chosen]].sum(1, dtype=row.dtype))
-                total = left.sum(-1, keepdims=True)
-                left = np.where(total > 0, left / np.where(total > 0, total, 1), 0)
-                return left.astype(row.dtype)
-            if at >= self.vocab_size:
-                return np.zeros_like(row)
-            has = np.take_along_axis(row, order[:, at : at + 1], axis=-1) > 0
-            return eye[order[:, at]] * has
-        return row
-
-    def drafts(self) -> tuple[np.ndarray, np.ndarray]:
-        """All drafts of positive probability `[N, K]`, and their probabilities `[N]`."""
-        tokens = np.zeros((1, 0), np.int32)
-        weight = np.ones(1)
-        for node in range(self.length):
-            probs = self.node_probs(node, tokens).astype(np.float64)
-            # Where nothing is proposed the token is a filler.
-            probs = probs + np.eye(self.vocab_size)[0] * (probs.sum(-1, keepdims=True) == 0)
-            rows, drawn = np.nonzero(probs)
-            weight = weight[rows] * probs[rows, drawn]
-            tokens = np.concatenate([tokens[rows], drawn[:, None].astype(np.int32)], axis=1)
-        return tokens, weight
-
-    def inputs(self, tokens: np.ndarray) -> tuple[np.ndarray, ...]:
-        """For drafts `[N, K]` what the function gets: tokens, draft_probs, target, parents."""
-        count = len(tokens)
-        probs = [self.node_probs(node, tokens[:, :node]) for node in range(self.length)]
-        shape = (count, 0, self.vocab_size)
-        stacked = np.stack(probs, axis=1) if probs else np.zeros(shape, self.given[0].dtype)
-        rows = [self.given[len(path)][tuple(tokens[:, path].T)] for path in [[], *self.paths()]]
-        rows = [np.broadcast_to(row, (count, self.vocab_size)) for row in rows]
-        parents = np.broadcast_to(np.array(self.parents, np.int32), (count, self.length))
-        return tokens, stacked, np.stack(rows, axis=1), parents
-
-    def law(self) -> np.ndarray:
-        """The target's joint law of D + 1 tokens, `[V] * (D + 1)`."""
-        law = self.target[0]
-        for level in self.target[1:]:
-            law = law[..., None] * level
-        return law
-
-    def completed(
-        self, tokens: np.ndarray, num_accepted: np.ndarray, weight: np.ndarray
-    ) -> np.ndarray:
-        """The law of D + 1 tokens that emitted outputs `[M, K + 1]` have with the target's tail."""
-        law = np.zeros(())
-        for place, level in enumerate(self.target):
-            law = law[..., None] * level
-            ends = num_accepted == place
-            np.add.at(law, tuple(tokens[ends, : place + 1].T), weight[ends])
-        return law
-
-
-def _chain(length: int) -> tuple[int, ...]:
-    return tuple(range(-1, length - 1))
-
-
-def _verifier_cases(
-    rng: np.random.Generator, vocab_size: int, parents: tuple[int, ...], siblings: str, dtype: str
-) -> list[_Case]:
-    length = max(tree_lib.depths(parents), default=0)
-
-    def levels(count: int, row: Callable[[], np.ndarray]) -> list[np.ndarray]:
-        made = []
-        for i in range(count):
-            rows = [row() for _ in range(vocab_size**i)]
-            made.append(np.array(rows, dtype).reshape((vocab_size,) * (i + 1)))
-        return made
-
-    def dense() -> np.ndarray:
-        return rng.dirichlet(np.ones(vocab_size))
-
-    def sparse() -> np.ndarray:
-        row = dense() * (rng.random(vocab_size) < 0.6)
-        row[rng.integers(vocab_size)] += 0.1
-        return row / row.sum()
-
-    def sharp() -> np.ndarray:
-        return 0.999 * certain() + 0.001 / vocab_size
-
-    def certain() -> np.ndarray:
-        return np.eye(vocab_size)[rng.integers(vocab_size)]
-
-    def nothing() -> np.ndarray:
-        return np.zeros(vocab_size)
-
-    kinds = [
-        ("random", dense, dense),
-        ("supports with zeros", sparse, sparse),
-        ("nearly deterministic", sharp, sharp),
-        ("deterministic target", certain, dense),
-        ("chosen (one-hot) draft", dense, certain),
-        ("chosen (one-hot) draft, deterministic target", certain, certain),
-        ("nothing proposed", dense, nothing),
-    ]
-    pairs = [(name, levels(length + 1, p), levels(length, q)) for name, p, q in kinds]
-    target = levels(length + 1, dense)
-    pairs.append(("equal laws", target, target[:length]))
-    lower = np.arange(vocab_size) < vocab_size // 2
-    pairs.append(("disjoint supports", *_restricted(target, lower, levels(length, dense))))
-    partly = levels(length, certain)
-    partly = [level * (i < (length + 1) // 2) for i, level in enumerate(partly)]
-    pairs.append(("fewer tokens proposed than K", target, partly))
-    if parents != _chain(len(parents)):
-        pairs = [(f"{name}, siblings {siblings}, tree {parents}", *pair) for name, *pair in pairs]
-    return [
-        # A float32 row sums to 1 within rounding only; the law is that of the row as it is given.
-        _Case(name, [x.astype(np.float64) for x in target], target, draft, parents, siblings)
-        for name, target, draft in pairs
-    ]
-
-
-def _restricted(
-    target: list[np.ndarray], support: np.ndarray, draft: list[np.ndarray]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The target on `support`, the draft off it."""
-
-    def on(levels: list[np.ndarray], mask: np.ndarray) -> list[np.ndarray]:
-        kept = [np.where(mask, level, np.zeros_like(level)) for level in levels]
-        return [level / level.sum(-1, keepdims=True) for level in kept]
-
-    return on(target, support), on(draft, ~support)
-
-
-def _function_cases(
-    rng: np.random.Generator,
-    vocab_size: int,
-    length: int,
-    dtype: str,
-    sampling: Sampling,
-    chosen_drafts: bool,
-) -> list[_Case]:
-    def logits(count: int) -> list[np.ndarray]:
-        made = []
-        for i in range(count):
-            rows = []
-            while len(rows) < vocab_size**i:
-                row = (2 * rng.standard_normal(vocab_size)).astype(dtype)
-                if _top_p_margin(row, sampling) > 1e-4:  # else rounding decides what top-p keeps
-                    rows.append(row)
-            made.append(np.array(rows).reshape((vocab_size,) * (i + 1)))
-        return made
-
-    def law(levels: list[np.ndarray]) -> list[np.ndarray]:
-        return [_reference_probabilities(level, sampling) for level in levels]
-
-    target, draft = logits(length + 1), logits(length)
-    probs = [level.astype(dtype) for level in law(draft)]
-    equal = [level.astype(dtype) for level in law(target[:length])]
-    cases = [
-        _Case("random", law(target), target, probs, _chain(length)),
-        _Case("equal laws", law(target), target, equal, _chain(length)),
-    ]
-    if chosen_drafts:
-        greedy = [np.eye(vocab_size, dtype=dtype)[level.argmax(-1)] for level in draft]
-        cases.append(_Case("chosen (one-hot) draft", law(target), target, greedy, _chain(length)))
-    return cases
-
-
-def _reference_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Temperature, then top-k, then top-p, one row at a time in float64; `logits` `[..., V]`."""
-    rows = np.asarray(logits, np.float64).reshape(-1, logits.shape[-1])
-    return np.stack([_reference_row(row, sampling)[0] for row in rows]).reshape(logits.shape)
-
-
-def _top_p_margin(logits: np.ndarray, sampling: Sampling) -> float:
-    """How far the mass above any kept or dropped token is from top-p: below it rounding decides."""
-    return _reference_row(np.asarray(logits, np.float64), sampling)[1]
-
-
-def _reference_row(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, float]:
-    # The traced fields are float32: the law wanted is that of the rounded setting.
-    temperature = float(np.float32(sampling.temperature))  # pyright: ignore[reportArgumentType]
-    top_p = float(np.float32(sampling.top_p))  # pyright: ignore[reportArgumentType]
-    top_k = int(sampling.top_k)  # pyright: ignore[reportArgumentType]
-    if temperature == 0:
-        return np.eye(len(logits))[np.argmax(logits)], 1.0
-    order = np.argsort(-logits, kind="stable")
-    weights = np.exp((logits - logits.max()) / temperature)
-    kept = order[:top_k] if top_k > 0 else order
-    margin = 1.0
-    if top_p < 1:
-        above = np.concatenate([[0.0], np.cumsum(weights[kept])[:-1]]) / weights[kept].sum()
-        margin = float(np.abs(above - top_p).min())
-        kept = kept[(above < top_p) | (np.arange(len(kept)) == 0)]
-    probs = np.zeros_like(logits)
-    probs[kept] = weights[kept] / weights[kept].sum()
-    return probs, margin
-
-
-def _target_law(
-    target: LanguageModel,
-    params: Any,
-    prompt: Sequence[int],
-    sampling: Sampling,
-    num_new_tokens: int,
-    ends: Sequence[int],
-) -> dict[tuple[int, ...], float]:
-    """The exact law of continuations: the model without its cache, over all of them, in numpy."""
-    law: dict[tuple[int, ...], float] = {}
-    open_texts: dict[tuple[int, ...], float] = {(): 1.0}
-    apply = jax.jit(target.apply)
-    for place in range(num_new_tokens):
-        texts = np.array([[*prompt, *text] for text in open_texts], np.int32)
-        positions = np.broadcast_to(np.arange(texts.shape[1], dtype=np.int32), texts.shape)
-        cache = target.init_cache(*texts.shape)
-        logits, _ = apply(params, jnp.asarray(texts), jnp.asarray(positions), cache)
-        probs = _reference_probabilities(np.asarray(logits[:, -1]), sampling)
-        extended: dict[tuple[int, ...], float] = {}
-        for (text, mass), row in zip(open_texts.items(), probs, strict=True):
-            for token in np.flatnonzero(row).tolist():
-                is_end = token in ends or place == num_new_tokens - 1
-                (law if is_end else extended)[(*text, token)] = mass * float(row[token])
-        open_texts = extended
-        if not open_texts:
-            break
-    return law
 
 
 # ---- Judging
@@ -1160,7 +463,7 @@ class _Judged(NamedTuple):
 
 def _check(
     emit: Callable[..., tuple[Any, Any, Any]],
-    cases: list[_Case],
+    cases: list[Case],
     dtype: str,
     seed: int,
     false_alarm: float,
@@ -1170,13 +473,13 @@ def _check(
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         try:
             return _check_exactly(emit, cases, dtype, strict_layout)
-        except _CannotReplay as error:
+        except CannotReplay as error:
             report = _check_by_samples(emit, cases, seed, false_alarm, strict_layout)
             return report._replace(note=str(error))
 
 
 def _check_exactly(
-    emit: Callable[..., tuple[Any, Any, Any]], cases: list[_Case], dtype: str, strict_layout: bool
+    emit: Callable[..., tuple[Any, Any, Any]], cases: list[Case], dtype: str, strict_layout: bool
 ) -> Report:
     tolerance = 1e-12 if dtype == "float64" else 1e-6
     results: list[_Judged] = []
@@ -1211,21 +514,21 @@ def _check_exactly(
     )
 
 
-_Outputs = list[tuple[_Case, tuple[np.ndarray, ...], np.ndarray, np.ndarray]]
+_Outputs = list[tuple[Case, tuple[np.ndarray, ...], np.ndarray, np.ndarray]]
 
 
 def _enumerate(
-    emit: Callable[..., tuple[Any, Any, Any]], cases: list[_Case]
+    emit: Callable[..., tuple[Any, Any, Any]], cases: list[Case]
 ) -> tuple[_Outputs, list[str]]:
     """For every case all outputs: (tokens `[M, K + 1]`, num_accepted, path), weight, draft."""
     try:
-        return _enumerate_with(_lanes, emit, cases)
+        return _enumerate_with(lanes, emit, cases)
     except _EngineFailed:  # it wants concrete values, or no two runs draw alike: fewer, one by one
         one_of_a_kind = list({case.name: case for case in cases}.values())
         try:
-            return _enumerate_with(_one_by_one, emit, one_of_a_kind)
+            return _enumerate_with(one_by_one, emit, one_of_a_kind)
         except _EngineFailed as error:
-            raise _CannotReplay(str(error)) from error
+            raise CannotReplay(str(error)) from error
 
 
 class _EngineFailed(Exception):
@@ -1233,7 +536,7 @@ class _EngineFailed(Exception):
 
 
 def _enumerate_with(
-    engine: Callable[..., _Runs], emit: Callable[..., tuple[Any, Any, Any]], cases: list[_Case]
+    engine: Callable[..., Runs], emit: Callable[..., tuple[Any, Any, Any]], cases: list[Case]
 ) -> tuple[_Outputs, list[str]]:
     drafts = [case.drafts() for case in cases]
     inputs = [case.inputs(tokens) for case, (tokens, _) in zip(cases, drafts, strict=True)]
@@ -1257,7 +560,7 @@ def _layout(
     num_accepted: np.ndarray,
     path: np.ndarray,
     draft: np.ndarray,
-    case: _Case,
+    case: Case,
     strict: bool,
 ) -> str:
     """What is wrong with the form of outputs `[M, K + 1]`, or nothing."""
@@ -1320,7 +623,7 @@ def _compare_laws(where: str, wanted: np.ndarray, emitted: np.ndarray, tolerance
 
 def _check_by_samples(
     emit: Callable[..., tuple[Any, Any, Any]],
-    cases: list[_Case],
+    cases: list[Case],
     seed: int,
     false_alarm: float,
     strict_layout: bool,
@@ -1353,7 +656,7 @@ def _check_by_samples(
 
 def _emit_many(
     emit: Callable[..., tuple[Any, Any, Any]],
-    case: _Case,
+    case: Case,
     drafts: np.ndarray,
     chance: np.ndarray,
     rng: np.random.Generator,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsd
-from jaxsd import testing
+from jaxsd import replay
 
 
 @contextlib.contextmanager
@@ -43,10 +43,10 @@ def exact_law(sample):
     """Probability by outcome of `sample(key)`, a tuple of arrays; no key may be used twice."""
     law = {}
     with loops_instead_of_vmap():
-        for outcome, weight, replay in testing._walk(sample, jax.random.key(0), 10_000):
-            keys = [np.asarray(data).tobytes() for data in replay.keys]
-            assert len(set(keys)) == len(keys), f"a key is used twice, among {replay.samplers}"
-            frozen = testing._freeze(outcome)
+        for outcome, weight, run in replay.walk(sample, jax.random.key(0), 10_000):
+            keys = [np.asarray(data).tobytes() for data in run.keys]
+            assert len(set(keys)) == len(keys), f"a key is used twice, among {run.samplers}"
+            frozen = replay.freeze(outcome)
             law[frozen] = law.get(frozen, 0.0) + weight
     return law
 

@@ -24,6 +24,8 @@ ALLOWED["jaxsd/cli"] = {"tyro", "cycler", "matplotlib"}.union(*ALLOWED.values())
 # What runs code that came with data, by module and by name.
 UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 UNSAFE_NAMES = {"__import__", "compile", "eval", "exec"}
+# In the decoder's package: the loop, and the losslessness checker.
+COMPILERS = ("jaxsd/decoding.py", "jaxsd/cases.py", "jaxsd/replay.py", "jaxsd/testing.py")
 # What takes a compiled program back to the host.
 HOST_CALLS = (
     "jax.debug",
@@ -144,7 +146,7 @@ def use_problems(path, name):
     if name == "flax.nnx.jit":
         yield "uses flax.nnx.jit, which costs host time at every call"
     is_compiler = name in ("jax.jit", "jax.pmap") and part == "jaxsd"
-    if is_compiler and path not in ("jaxsd/decoding.py", "jaxsd/testing.py"):
+    if is_compiler and path not in COMPILERS:
         yield f"uses {name}: the decoder compiles in decoding.py alone"
     is_ours = name.startswith("jaxsd.") and part == "models"
     if is_ours and name.split(".")[1] not in public_names():

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxsd
-from jaxsd import costmodel, lossy, testing, verifiers
+from jaxsd import cases as law_cases
+from jaxsd import costmodel, lossy, replay, testing, verifiers
 
 MAX_TV = 0.25
 TOLERANCE = {"float32": 2e-6, "float64": 1e-12}
@@ -77,7 +78,7 @@ def enumerated(verifier, length, *, spents=(0.0,), dtype="float32", seed=0):
     Of every case and every sum spent before: (case, spent, tokens, num_accepted, loss, weight).
     """
     rng = np.random.default_rng(seed)
-    kinds = testing._verifier_cases(rng, 3, testing._chain(length), "independent", dtype)
+    kinds = law_cases.verifier_cases(rng, 3, law_cases.chain_parents(length), "independent", dtype)
     cases = list(itertools.product(kinds, np.asarray(spents, dtype)))
     stacked, chances = [], []
     for case, spent in cases:
@@ -92,7 +93,7 @@ def enumerated(verifier, length, *, spents=(0.0,), dtype="float32", seed=0):
         return verdict.tokens, verdict.num_accepted, verdict.loss
 
     with enable_x64():  # the arguments' types decide
-        runs = testing._lanes(emit, args)
+        runs = replay.lanes(emit, args)
     weights = runs.weights * np.concatenate(chances)[runs.owners]
     source = np.repeat(np.arange(len(cases)), [len(chance) for chance in chances])[runs.owners]
     found = []

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 import jaxsd
-from jaxsd import testing, verifiers
+from jaxsd import replay, testing, verifiers
 
 # ---- Planted faults in verifiers, each a few lines away from the right one
 
@@ -350,7 +350,7 @@ def test_draws_in_a_compiled_loop_are_never_taken_for_one_draw():
     want = scipy.stats.binom.pmf(range(4), 3, 0.25)
     np.testing.assert_allclose([law[k] for k in range(4)], want, atol=1e-6)
     with pytest.raises(ValueError, match="inside a compiled loop"):
-        testing._lanes(lambda key, p: (three_draws(key, p),), (np.float32([0.25, 0.5]),))
+        replay.lanes(lambda key, p: (three_draws(key, p),), (np.float32([0.25, 0.5]),))
     with pytest.raises(ValueError, match="under vmap"):
         testing.exact_law(lambda key: jax.vmap(jax.random.bernoulli)(jax.random.split(key)))
     assert int(three_draws(jax.random.key(3), p)) == before

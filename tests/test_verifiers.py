@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxsd
-from jaxsd import testing, trees, verifiers
+from jaxsd import cases, testing, trees, verifiers
 
 TREES = ((-1, -1), (-1, 0, 0), (-1, -1, 0), (-1, -1, 0, 1))
 ALL = testing.SIBLINGS
@@ -285,7 +285,7 @@ def accepted_length(verifier, p, q, num_tokens, parents=None, siblings="independ
         return [np.broadcast_to(law, (p.size,) * (i + 1)) for i in range(count)]
 
     target = levels(p, depth + 1)
-    case = testing._Case("", target, target, levels(q, depth), parents, siblings)
+    case = cases.Case("", target, target, levels(q, depth), parents, siblings)
 
     def emit(key, tokens, probs, target, parents):
         verdict = verifier(key, target, jaxsd.Draft(tokens, probs, parents))
