@@ -42,11 +42,11 @@ VERIFIERS = {
 
 
 def abstract_loop(name, batch_size, target=TARGET, dtype=jnp.float32):
-    """A decoder and the shapes its loop takes, nothing allocated."""
+    """A decoder and the shapes its loop takes, nothing allocated; `name` may be a drafter itself."""
     model = models.language_model(target, cache_dtype=dtype)
     decoder = jaxsd.speculative(
         model,
-        DRAFTERS[name],
+        DRAFTERS.get(name, name),
         VERIFIERS.get(name, jaxsd.block_verification),
         max_len=MAX_LEN,
         draft_lengths=DRAFT_LENGTHS.get(name),

@@ -141,6 +141,10 @@ def test_greedy_text_of_a_transformer_equals_plain_decoding(kind, noise):
     assert by_node.sum(1).tolist() == np.asarray(out.stats.num_accepted).tolist()
 
 
+apply, apply_tree = jax.jit(TARGET.apply), jax.jit(TARGET.apply_tree)
+forward = jax.jit(functools.partial(models.forward, CONFIG))
+
+
 def test_a_tree_is_scored_as_each_of_its_paths_alone():
     """In one block, and level by level; the cache holds garbage beyond the text."""
     parents = (-1, -1, 0, 0, 1, 4)
@@ -151,17 +155,17 @@ def test_a_tree_is_scored_as_each_of_its_paths_alone():
     starts = jnp.array([5, 3])  # the second row's text is shorter
     cache = jax.tree.map(lambda leaf: leaf + 3.0, TARGET.init_cache(2, 16))
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    _, cache = TARGET.apply(WEIGHTS, jnp.array(text), positions, cache)
+    _, cache = apply(WEIGHTS, jnp.array(text), positions, cache)
     depth = jnp.array(trees.depths(parents)) - 1
     seen = np.zeros((6, 6), bool)
     for node, path in enumerate(paths):
         seen[node, path] = True
     seen = jnp.broadcast_to(jnp.array(seen), (2, 6, 6))
     where = starts[:, None] + depth[None, :]
-    whole, after = TARGET.apply_tree(WEIGHTS, jnp.array(nodes), where, cache, starts, seen)
+    whole, after = apply_tree(WEIGHTS, jnp.array(nodes), where, cache, starts, seen)
     pieces, by_level = [], cache
     for first, last in ((0, 2), (2, 5), (5, 6)):
-        logits, by_level = TARGET.apply_tree(
+        logits, by_level = apply_tree(
             WEIGHTS,
             jnp.array(nodes[:, first:last]),
             where[:, first:last],
@@ -174,18 +178,18 @@ def test_a_tree_is_scored_as_each_of_its_paths_alone():
     for row, length in enumerate((5, 3)):
         for node, path in enumerate(paths):
             tokens = np.concatenate([text[row, :length], nodes[row, path]])
-            alone = models.forward(CONFIG, WEIGHTS, jnp.array(tokens)[None])[0, -1]
+            padded = np.pad(tokens, (0, 8 - len(tokens)))[None]
+            alone = forward(WEIGHTS, padded)[0, len(tokens) - 1]
             np.testing.assert_allclose(whole[row, node], alone, atol=2e-5)
     # The accepted path 1, 4, 5 moved to the front equals a cache that read it as text.
     sources = starts[:, None] + jnp.array([1, 4, 5])[None, :]
     moved = TARGET.keep(after, starts, sources)
     for row, length in enumerate((5, 3)):
-        tokens = np.concatenate([text[row, :length], nodes[row, [1, 4, 5]]])[None]
-        fresh = TARGET.init_cache(1, 16)
-        place = jnp.arange(tokens.shape[1])[None]
-        _, fresh = TARGET.apply(WEIGHTS, jnp.array(tokens), place, fresh)
+        tokens = np.concatenate([text[row, :length], nodes[row, [1, 4, 5]]])
+        end = len(tokens)
+        padded = np.pad(tokens, (0, 8 - end))[None]
+        _, fresh = apply(WEIGHTS, padded, jnp.arange(8)[None], TARGET.init_cache(1, 16))
         for got, want in zip(jax.tree.leaves(moved), jax.tree.leaves(fresh), strict=True):
-            end = tokens.shape[1]
             np.testing.assert_allclose(got[row, :, :end], want[0, :, :end], atol=2e-5)
 
 
