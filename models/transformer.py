@@ -301,16 +301,22 @@ class TransformerLM(NamedTuple):
     def keep(self, cache: Cache, starts: Array, sources: Array) -> Cache:
         """Moves slots `sources` `[B, D]` to `starts` and the slots after it."""
 
+        batch_size, depth = sources.shape
+
         def read(row: Array, path: Cache) -> Cache:
             def one(buffer: Array, path: Array) -> Array:
-                kept = buffer.at[row, :, sources[row]].get(mode="clip")  # [depth, H_kv, D]
-                return path.at[row].set(kept.swapaxes(0, 1))
+                # Slices, and no gather: for that a TPU would give whole caches another layout.
+                size = (1, buffer.shape[1], 1, buffer.shape[3])
+                kept = [
+                    lax.dynamic_slice(buffer, (row, 0, sources[row, level], 0), size)
+                    for level in range(depth)
+                ]
+                return lax.dynamic_update_slice_in_dim(path, jnp.concatenate(kept, 2), row, 0)
 
             return jax.tree.map(one, cache, path)
 
         # Read in a loop of its own: XLA would merge the read with the writes before it, into a
         # program that needs each buffer as it was, and copies it.
-        batch_size, depth = sources.shape
         path = jax.tree.map(lambda buffer: jnp.zeros_like(buffer[:, :, :depth]), cache)
         path = lax.fori_loop(0, batch_size, read, path)
         return jax.tree.map(lambda buffer, rows: _write_rows(buffer, rows, starts), cache, path)
