@@ -250,11 +250,15 @@ def load_ngram_table(path: str | os.PathLike) -> NGramTable:
       OSError: it cannot be opened.
     """
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            missing = sorted(set(NGramTable._fields) - set(file.files))
-            if missing:
-                raise ValueError(f"it lacks {missing}")
-            table = NGramTable(*(file[field] for field in NGramTable._fields))
+        with open(path, "rb") as stream:
+            if not zipfile.is_zipfile(stream):
+                raise ValueError("it is no .npz file")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:
+                missing = sorted(set(NGramTable._fields) - set(file.files))
+                if missing:
+                    raise ValueError(f"it lacks {missing}")
+                table = NGramTable(*(file[field] for field in NGramTable._fields))
         _check_table("table", table)
         _check_values(table)
     except (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
