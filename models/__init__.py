@@ -2,7 +2,8 @@
 
 from . import corpus, training
 from .checkpoint import Pretrained, check_pair, load_model, save_model
-from .configs import CONFIGS, Config
+from .configs import CONFIGS, Config, RopeScaling
+from .convert import HFModel, export_hf, load_hf
 from .early_exit import EarlyExitLM, exit_early
 from .embedded import load_embedded
 from .transformer import (
@@ -18,16 +19,20 @@ __all__ = [
     "CONFIGS",
     "Config",
     "EarlyExitLM",
+    "HFModel",
     "Pretrained",
+    "RopeScaling",
     "TransformerLM",
     "abstract_params",
     "check_pair",
     "corpus",
     "exit_early",
+    "export_hf",
     "forward",
     "init_params",
     "language_model",
     "load_embedded",
+    "load_hf",
     "load_model",
     "num_parameters",
     "save_model",

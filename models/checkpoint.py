@@ -6,7 +6,6 @@ are checked whole before anything in them is used, and both come into being unde
 are renamed, so that a folder that is there is a folder that was finished. Nothing is unpickled.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -32,12 +31,12 @@ MODEL_FORMAT = "jaxsd-model-1"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
-_DTYPES = {
+DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-EXPORT_DTYPES = {"float32": _DTYPES["F32"], "bfloat16": _DTYPES["BF16"]}
+EXPORT_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 
 
 # -- model folders --------------------------------------------------------------------------------
@@ -84,9 +83,9 @@ def save_model(
     with np.errstate(over="ignore"):  # an overflow in the cast is found as a value not finite
         tensors = {
             name: np.asarray(leaf).astype(EXPORT_DTYPES[dtype])
-            for name, leaf in _flatten(params).items()
+            for name, leaf in flatten(params).items()
         }
-    problems = _tensor_problems(config, tensors)
+    problems = tensor_problems(config, tensors)
     if tokenizer.vocab_size != config.vocab_size:
         problems.append(
             f"tokenizer has {tokenizer.vocab_size} tokens, config.vocab_size is {config.vocab_size}"
@@ -97,7 +96,7 @@ def save_model(
     weights = safetensors.numpy.save(tensors, {"format": "jaxsd"})
     content = {
         "format": MODEL_FORMAT,
-        "config": dataclasses.asdict(config),
+        "config": config.to_dict(),
         "weights": {
             "file": WEIGHTS_FILE,
             "dtype": dtype,
@@ -106,16 +105,16 @@ def save_model(
         },
         "metadata": {**(metadata or {}), "tokenizer_fingerprint": tokenizer.fingerprint()},
     }
-    config_bytes = _json_bytes(content)
+    config_bytes = json_bytes(content)
 
-    temporary = _hidden_sibling(folder, "writing")
+    temporary = hidden_sibling(folder, "writing")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed here
     temporary.mkdir(parents=True)
-    _write_bytes(temporary / WEIGHTS_FILE, weights)
+    write_bytes(temporary / WEIGHTS_FILE, weights)
     tokenizer.save(temporary)
-    _write_bytes(temporary / CONFIG_FILE, config_bytes)
-    _sync_folder(temporary)
-    _replace_folder(temporary, folder)
+    write_bytes(temporary / CONFIG_FILE, config_bytes)
+    sync_folder(temporary)
+    replace_folder(temporary, folder)
 
 
 def load_model(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Pretrained:
@@ -143,7 +142,7 @@ def load_model(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Pretraine
     metadata = _expect(content, "metadata", dict, problems)
     tensors = _read_weights(folder, _expect(content, "weights", dict, problems), problems)
     if config is not None and tensors is not None:
-        problems += [f"{WEIGHTS_FILE}: {text}" for text in _tensor_problems(config, tensors)]
+        problems += [f"{WEIGHTS_FILE}: {text}" for text in tensor_problems(config, tensors)]
     tokenizer = _read_tokenizer(folder, config, metadata, problems)
     if problems or config is None or tensors is None or metadata is None or tokenizer is None:
         raise ValueError(f"cannot load model {str(folder)!r}: {'; '.join(problems)}")
@@ -151,7 +150,7 @@ def load_model(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Pretraine
         name: jnp.asarray(tensor if dtype is None else tensor.astype(jnp.dtype(dtype)))
         for name, tensor in tensors.items()
     }
-    return Pretrained(config, _unflatten(arrays), tokenizer, metadata)
+    return Pretrained(config, unflatten(arrays), tokenizer, metadata)
 
 
 def check_pair(target: Pretrained, draft: Pretrained) -> None:
@@ -172,7 +171,7 @@ def check_pair(target: Pretrained, draft: Pretrained) -> None:
 def params_fingerprint(params: Mapping[str, Any]) -> str:
     """SHA-256 over names, shapes, types and bytes of all arrays of a nested dict."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(_flatten(params).items()):
+    for name, leaf in sorted(flatten(params).items()):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
@@ -243,20 +242,20 @@ def _read_weights(
         return None
     tensors = {}
     for name, entry in entries:
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             problems.append(f"{path.name}: tensor {name!r} has type {entry['dtype']}")
             continue
-        flat = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
+        flat = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
         tensors[name] = flat.reshape(entry["shape"])
     return tensors
 
 
-def _tensor_problems(config: Config, tensors: Mapping[str, np.ndarray]) -> list[str]:
+def tensor_problems(config: Config, tensors: Mapping[str, np.ndarray]) -> list[str]:
     # Before anything is built: a damaged config can ask for more layers than memory holds.
     if config.n_layers > len(tensors):
         return [f"{len(tensors)} tensors cannot hold n_layers={config.n_layers}"]
     try:
-        expected = _flatten(abstract_params(config))
+        expected = flatten(abstract_params(config))
     except (OverflowError, TypeError, ValueError) as error:
         return [f"no parameters have the shape of the config ({error})"]
     problems = []
@@ -296,20 +295,20 @@ def _read_tokenizer(
     return tokenizer
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": x}}` to `{"a.b": x}`."""
     flat = {}
     for key, value in tree.items():
         if not isinstance(key, str) or "." in key:
             raise ValueError(f"parameter name {key!r} must be a string without dots")
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
 
 
-def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
@@ -359,10 +358,10 @@ def save_checkpoint(
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(target, state)
     manifest = {"step": step, "extra": dict(extra or {}), "files": _describe_files(target)}
-    temporary = _hidden_sibling(_manifest_path(target), "writing")
-    _write_bytes(temporary, _json_bytes(manifest))
+    temporary = hidden_sibling(_manifest_path(target), "writing")
+    write_bytes(temporary, json_bytes(manifest))
     os.replace(temporary, _manifest_path(target))
-    _sync_folder(folder)
+    sync_folder(folder)
     _delete_old(folder, keep)
 
 
@@ -467,23 +466,23 @@ def _describe_files(folder: pathlib.Path) -> dict[str, list[Any]]:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def _json_bytes(content: Mapping[str, Any]) -> bytes:
+def json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode("utf-8")
 
 
-def _hidden_sibling(path: pathlib.Path, purpose: str) -> pathlib.Path:
+def hidden_sibling(path: pathlib.Path, purpose: str) -> pathlib.Path:
     """Always the same name, so that what a killed process left is found and not piled up."""
     return path.with_name(f".{path.name}.{purpose}")
 
 
-def _write_bytes(path: pathlib.Path, data: bytes) -> None:
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
+def sync_folder(folder: pathlib.Path) -> None:
     """Makes renames within a folder last; a no-op where folders cannot be opened (Windows)."""
     if os.name != "posix":
         return
@@ -494,12 +493,12 @@ def _sync_folder(folder: pathlib.Path) -> None:
         os.close(handle)
 
 
-def _replace_folder(source: pathlib.Path, folder: pathlib.Path) -> None:
+def replace_folder(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Renames `source` to `folder`. One that is there is moved aside first, then deleted."""
-    old = _hidden_sibling(folder, "old")
+    old = hidden_sibling(folder, "old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(source, folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

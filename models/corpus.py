@@ -207,7 +207,7 @@ class ByteTokenizer:
 
     def fingerprint(self) -> str:
         """See `Tokenizer.fingerprint`."""
-        return _fingerprint(["bytes"])
+        return fingerprint(["bytes"])
 
 
 class BPETokenizer:
@@ -253,7 +253,7 @@ class BPETokenizer:
         """See `Tokenizer.fingerprint`: vocabulary, merges and how text is cut into words."""
         content = json.loads(self._tokenizer.to_str())
         parts = {key: content.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
-        return _fingerprint(["bpe", parts])
+        return fingerprint(["bpe", parts])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int = 2048) -> BPETokenizer:
@@ -340,7 +340,7 @@ def _decode(token_bytes: Sequence[bytes], ids: Iterable[int]) -> str:
     return b"".join(token_bytes[int(i)] for i in ids).decode("utf-8", "replace")
 
 
-def _fingerprint(content: object) -> str:
+def fingerprint(content: object) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -372,7 +372,7 @@ def _bpe_problems(content: Mapping[str, Any]) -> list[str]:
 
 def _bpe_token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
     """Bytes of each id, from the printable characters that stand for them in the vocabulary."""
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     pieces = tokenizer.get_vocab()
     if sorted(pieces.values()) != list(range(len(pieces))):
         raise ValueError("token ids are not 0 to vocab_size - 1")
@@ -388,7 +388,7 @@ def _bpe_token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
     return result
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """GPT-2's printable stand-in for each byte: itself if printable in Latin-1, else from U+0100.
 
     https://github.com/openai/gpt-2/blob/master/src/encoder.py, `bytes_to_unicode`.

@@ -523,7 +523,7 @@ def _describe_run(
 ) -> dict[str, Any]:
     settings = dataclasses.asdict(train_config)
     return {
-        "model": dataclasses.asdict(config),
+        "model": config.to_dict(),
         "training": {name: settings[name] for name in settings if name not in _FREE_FIELDS},
         "corpus": data.fingerprint,
         "tokenizer": tokenizer.fingerprint(),

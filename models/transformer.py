@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from . import positions as places
 from .configs import Config
+from .positions import Masks
 
 Params = Mapping[str, Any]
 
@@ -33,34 +35,52 @@ class LayerCache(NamedTuple):
 Cache = tuple[LayerCache, ...]
 
 
-class Masks(NamedTuple):
-    """What queries may see.
-
-    cache: `[B, T or 1, S]` bool, which slots; None without a cache.
-    block: `[B or 1, T, T]` bool, which of the block's own tokens.
-    """
-
-    cache: Array | None
-    block: Array
-
-
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32 whatever the parameters' type."""
 
-    def __init__(self, config: Config):
-        self.scale = nnx.Param(jnp.ones((config.d_model,)))
+    def __init__(self, config: Config, size: int):
+        self.adds_one = config.norm_adds_one
+        self.scale = nnx.Param(jnp.zeros((size,)) if self.adds_one else jnp.ones((size,)))
         self.eps = config.norm_eps
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         scale = self.scale[...].astype(jnp.float32)
-        normed = x32 * lax.rsqrt(mean_square + self.eps) * scale[None, None, :]
+        if self.adds_one:
+            scale = 1.0 + scale
+        normed = x32 * lax.rsqrt(mean_square + self.eps) * _as_last_axis(scale, x)
         return normed.astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + bias, in float32 whatever the parameters' type."""
+
+    def __init__(self, config: Config, size: int):
+        self.scale = nnx.Param(jnp.ones((size,)))
+        self.bias = nnx.Param(jnp.zeros((size,)))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        normed = centred * lax.rsqrt(variance + self.eps) * _as_last_axis(scale, x)
+        return (normed + _as_last_axis(bias, x)).astype(x.dtype)
+
+
+_NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions.
+    """Grouped-query attention, with rotary positions unless they are learned.
 
     The three input projections are one matrix, grouped by key head: slice `[h]` holds the query
     heads that share key head `h`, then its key, then its value. One product instead of three, and
@@ -76,10 +96,17 @@ class Attention(nnx.Module):
         self.out = nnx.Param(
             _normal(rngs, (config.d_model, config.n_heads * config.head_dim), out_scale)
         )
+        if config.qkv_bias:
+            self.qkv_bias = nnx.Param(jnp.zeros(self.qkv.shape[:3]))
+        if config.output_bias:
+            self.out_bias = nnx.Param(jnp.zeros((config.d_model,)))
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config, config.head_dim)
+            self.key_norm = RMSNorm(config, config.head_dim)
         self.config = config
 
     def __call__(
-        self, x: Array, rotation: Array, masks: Masks, cache: LayerCache | None
+        self, x: Array, rotation: Array | None, masks: Masks, cache: LayerCache | None
     ) -> tuple[Array, LayerCache]:
         """Attends over what the masks let through of the cache and of the block itself.
 
@@ -90,18 +117,26 @@ class Attention(nnx.Module):
         heads, size = config.n_kv_heads, config.head_dim
         group = config.n_heads // heads
         qkv = _linear(x, self.qkv[...].reshape(-1, config.d_model))
+        if config.qkv_bias:
+            qkv = qkv + _as_last_axis(self.qkv_bias[...].reshape(-1), qkv)
         qkv = qkv.reshape(batch, length, heads, group + 2, size)
-        qk = _rotate(qkv[:, :, :, : group + 1], rotation)
+        qk = qkv[:, :, :, : group + 1]
+        if config.qk_norm:
+            normed = [self.query_norm(qk[:, :, :, :group]), self.key_norm(qk[:, :, :, group:])]
+            qk = jnp.concatenate(normed, axis=3)
+        if rotation is not None:
+            qk = places.rotate(qk, rotation)
         queries = qk[:, :, :, :group].transpose(0, 2, 3, 1, 4)  # [B, H_kv, G, T, D]
         queries = queries.reshape(batch, heads, group * length, size)
         keys = qk[:, :, :, group].transpose(0, 2, 1, 3)  # [B, H_kv, T, D]
         values = qkv[:, :, :, group + 1].transpose(0, 2, 1, 3)
 
-        scores = jnp.where(_per_group(masks.block, group), _scores(queries, keys), _MASKED)
+        visible = _per_group(masks.block, group)
+        scores = jnp.where(visible, _scores(config, queries, keys), _MASKED)
         if cache is not None and masks.cache is not None:
             # The cache is read as it was before this block; the block is written after the last
             # layer has read (see `_write`).
-            past = _scores(queries, cache.keys)
+            past = _scores(config, queries, cache.keys)
             past = jnp.where(_per_group(masks.cache, group), past, _MASKED)
             scores = jnp.concatenate([past, scores], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
@@ -110,40 +145,81 @@ class Attention(nnx.Module):
             mixed = mixed + weights[..., :-length] @ cache.values
         mixed = mixed.reshape(batch, heads, group, length, size).transpose(0, 3, 1, 2, 4)
         out = _linear(mixed.reshape(batch, length, -1), self.out[...])
+        if config.output_bias:
+            out = out + _as_last_axis(self.out_bias[...], out)
         return out, LayerCache(keys, values)
 
 
-class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), gate and up in one matrix; SwiGLU with silu."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.gate_up = nnx.Param(_normal(rngs, (2, config.d_ff, config.d_model)))
         out_scale = (2 * config.n_layers) ** -0.5
         self.down = nnx.Param(_normal(rngs, (config.d_model, config.d_ff), out_scale))
+        if config.mlp_bias:
+            self.gate_up_bias = nnx.Param(jnp.zeros((2, config.d_ff)))
+            self.down_bias = nnx.Param(jnp.zeros((config.d_model,)))
+        self.config = config
 
     def __call__(self, x: Array) -> Array:
+        act, has_bias = _ACTIVATIONS[self.config.activation], self.config.mlp_bias
         _, d_ff, d_model = self.gate_up.shape
         both = _linear(x, self.gate_up[...].reshape(2 * d_ff, d_model))
-        return _linear(jax.nn.silu(both[..., :d_ff]) * both[..., d_ff:], self.down[...])
+        if has_bias:
+            both = both + _as_last_axis(self.gate_up_bias[...].reshape(-1), both)
+        out = _linear(act(both[..., :d_ff]) * both[..., d_ff:], self.down[...])
+        return out + _as_last_axis(self.down_bias[...], out) if has_bias else out
+
+
+class PlainMLP(nnx.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.up = nnx.Param(_normal(rngs, (config.d_ff, config.d_model)))
+        out_scale = (2 * config.n_layers) ** -0.5
+        self.down = nnx.Param(_normal(rngs, (config.d_model, config.d_ff), out_scale))
+        if config.mlp_bias:
+            self.up_bias = nnx.Param(jnp.zeros((config.d_ff,)))
+            self.down_bias = nnx.Param(jnp.zeros((config.d_model,)))
+        self.config = config
+
+    def __call__(self, x: Array) -> Array:
+        act, has_bias = _ACTIVATIONS[self.config.activation], self.config.mlp_bias
+        up = _linear(x, self.up[...])
+        if has_bias:
+            up = up + _as_last_axis(self.up_bias[...], up)
+        out = _linear(act(up), self.down[...])
+        return out + _as_last_axis(self.down_bias[...], out) if has_bias else out
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block: MLP after attention, or both side by side."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config)
+        norm, width = _NORMS[config.norm], config.d_model
+        self.attention_norm = norm(config, width)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config)
-        self.mlp = MLP(config, rngs)
+        self.mlp_norm = norm(config, width)
+        self.mlp = GatedMLP(config, rngs) if config.gated_mlp else PlainMLP(config, rngs)
+        if config.post_norms:
+            self.attention_post_norm = norm(config, width)
+            self.mlp_post_norm = norm(config, width)
+        self.config = config
 
     def __call__(
-        self, x: Array, rotation: Array, masks: Masks, cache: LayerCache | None
+        self, x: Array, rotation: Array | None, masks: Masks, cache: LayerCache | None
     ) -> tuple[Array, LayerCache]:
         with jax.named_scope("attention"):
             mixed, fresh = self.attention(self.attention_norm(x), rotation, masks, cache)
+            if self.config.post_norms:
+                mixed = self.attention_post_norm(mixed)
         with jax.named_scope("mlp"):
-            x = x + mixed
-            return x + self.mlp(self.mlp_norm(x)), fresh
+            between = x + mixed
+            out = self.mlp(self.mlp_norm(x if self.config.parallel_blocks else between))
+            if self.config.post_norms:
+                out = self.mlp_post_norm(out)
+            return between + out, fresh
 
 
 class Transformer(nnx.Module):
@@ -151,32 +227,46 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.embedding = nnx.Param(_normal(rngs, (config.vocab_size, config.d_model)))
+        if config.learned_positions is not None:
+            shape = (config.learned_positions, config.d_model)
+            self.position_embedding = nnx.Param(_normal(rngs, shape))
         self.layers = nnx.Dict(
             {str(index): Block(config, rngs) for index in range(config.n_layers)}
         )
-        self.final_norm = RMSNorm(config)
+        self.final_norm = _NORMS[config.norm](config, config.d_model)
         if not config.tie_embeddings:
             self.head = nnx.Param(_normal(rngs, (config.vocab_size, config.d_model)))
         self.config = config
 
     def __call__(
-        self, tokens: Array, positions: Array, masks: Masks, cache: Cache | None
+        self, tokens: Array, positions: Array, masks: Mapping[int, Masks], cache: Cache | None
     ) -> tuple[Array, Array, Cache]:
-        """Logits `[B, T, V]` float32, final hidden states, and the block's keys and values."""
+        """Logits `[B, T, V]` float32, final hidden states, and the block's keys and values.
+
+        The masks are those of each window that a layer has.
+        """
         config = self.config
         x = jnp.take(self.embedding[...], tokens, axis=0)
-        rotation = _rotation(positions, config)
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if config.learned_positions is not None:
+            # Clipped: places beyond the table occur behind the end of a text, where all is masked.
+            rows = positions + config.position_offset
+            x = x + jnp.take(self.position_embedding[...], rows, axis=0, mode="clip")
+        rotations = {window: places.rotation(config, positions, window) for window in masks}
         fresh = []
         # Unrolled: a scan over layers copied weights and caches each step, 1.8x to 3.1x slower.
         for index in range(config.n_layers):
             layer_cache = None if cache is None else cache[index]
+            window = config.window(index)
             with jax.named_scope(f"layer_{index}"):
-                x, block = self.layers[str(index)](x, rotation, masks, layer_cache)
+                layer = self.layers[str(index)]
+                x, block = layer(x, rotations[window], masks[window], layer_cache)
             fresh.append(block)
         x = self.final_norm(x)
         head = self.embedding if config.tie_embeddings else self.head
         with jax.named_scope("head"):
-            logits = _linear(x, head[...]).astype(jnp.float32)
+            logits = _softcap(_linear(x, head[...]).astype(jnp.float32), config.logit_softcap)
         return logits, x, tuple(fresh)
 
 
@@ -199,9 +289,13 @@ def forward(config: Config, params: Params, tokens: Array) -> Array:
 
     Returns:
       `[B, T, V]` float32; `logits[:, t]` depends on `tokens[:, :t + 1]` only.
+
+    Raises:
+      ValueError: more tokens than learned positions.
     """
+    _check_positions(config, tokens.shape[1], "tokens")
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    masks = Masks(cache=None, block=_causal(tokens.shape[1]))
+    masks = places.text_masks(places.windows(config), tokens.shape[1])
     logits, _, _ = _merge(config, params)(tokens, positions, masks, None)
     return logits
 
@@ -234,8 +328,13 @@ class TransformerLM(NamedTuple):
     cache_dtype: Any = jnp.float32
 
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
-        """Zeroed keys and values for `max_len` positions of `batch_size` rows."""
+        """Zeroed keys and values for `max_len` positions of `batch_size` rows.
+
+        Raises:
+          ValueError: more positions than were learned, where they are.
+        """
         config = self.config
+        _check_positions(config, max_len, "slots (a decoder asks for its max_len and K more)")
         shape = (batch_size, config.n_kv_heads, max_len, config.head_dim)
         return tuple(
             LayerCache(jnp.zeros(shape, self.cache_dtype), jnp.zeros(shape, self.cache_dtype))
@@ -257,9 +356,8 @@ class TransformerLM(NamedTuple):
           logits `[B, T, V]` float32 and the new cache.
         """
         starts = positions[:, 0]
-        # Slots at or above the block's start may hold anything.
-        filled = jnp.arange(_num_slots(cache))[None, :] < starts[:, None]
-        masks = Masks(cache=filled[:, None, :], block=_causal(tokens.shape[1]))
+        sizes = places.windows(self.config)
+        masks = places.block_masks(sizes, positions, starts, _num_slots(cache))
         logits, hidden, fresh = _merge(self.config, params)(tokens, positions, masks, cache)
         return logits, _write(cache, fresh, starts, hidden)
 
@@ -285,17 +383,10 @@ class TransformerLM(NamedTuple):
         Returns:
           logits `[B, T, V]` float32 and the new cache.
         """
-        before = seen.shape[2] - tokens.shape[1]
-        slot = jnp.arange(_num_slots(cache), dtype=jnp.int32)[None, :] - starts[:, None]
-        visible = (slot < 0)[:, None, :]
-        if before:
-            in_tree = (slot >= 0) & (slot < before)
-            index = jnp.clip(slot, 0, before - 1)[:, None, :]
-            index = jnp.broadcast_to(index, (*seen.shape[:2], index.shape[2]))
-            on_path = jnp.take_along_axis(seen[:, :, :before], index, axis=2)
-            visible |= in_tree[:, None, :] & on_path
-        masks = Masks(cache=visible, block=seen[:, :, before:])
+        sizes = places.windows(self.config)
+        masks = places.tree_masks(sizes, positions, _num_slots(cache), starts, seen)
         logits, hidden, fresh = _merge(self.config, params)(tokens, positions, masks, cache)
+        before = seen.shape[2] - tokens.shape[1]
         return logits, _write(cache, fresh, starts + before, hidden)
 
     def keep(self, cache: Cache, starts: Array, sources: Array) -> Cache:
@@ -366,9 +457,22 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Array
     return scale * shape[-1] ** -0.5 * jax.random.normal(rngs.params(), shape)
 
 
-def _causal(length: int) -> Array:
-    rows = jnp.arange(length)
-    return (rows[:, None] >= rows[None, :])[None]
+def _as_last_axis(vector: Array, x: Array) -> Array:
+    """A vector with axes of one in front, as many as it takes to meet `x`."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
+
+
+def _softcap(x: Array, cap: float | None) -> Array:
+    """c tanh(x / c); None does nothing."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _check_positions(config: Config, wanted: int, what: str) -> None:
+    if config.learned_positions is None:
+        return
+    room = config.learned_positions - config.position_offset
+    if wanted > room:
+        raise ValueError(f"{wanted} {what} exceed the {room} positions that this model learned")
 
 
 def _num_slots(cache: Cache) -> int:
@@ -384,27 +488,12 @@ def _per_group(mask: Array, group: int) -> Array:
     return mask.reshape(batch, 1, group * length, slots)
 
 
-def _rotation(positions: Array, config: Config) -> Array:
-    """cos and sin `[2, B, T, 1, 1, D / 2]`, float32: bfloat16 would merge neighbouring places."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
-    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])[:, :, :, None, None, :]
-
-
-def _rotate(x: Array, rotation: Array) -> Array:
-    """Rotates pairs (i, i + D / 2) of `[B, T, H, G, D]`."""
-    cos, sin = rotation[0], rotation[1]
-    half = x.shape[-1] // 2
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def _scores(queries: Array, keys: Array) -> Array:
+def _scores(config: Config, queries: Array, keys: Array) -> Array:
     """Scaled dot products `[B, H_kv, G T, S]` in float32."""
     scores = jnp.einsum("bhqd,bhsd->bhqs", queries, keys, preferred_element_type=jnp.float32)
-    return scores * queries.shape[-1] ** -0.5
+    scale = config.attention_scale
+    scores = scores * (queries.shape[-1] ** -0.5 if scale is None else scale)
+    return _softcap(scores, config.attention_softcap)
 
 
 def _linear(x: Array, weight: Array) -> Array:

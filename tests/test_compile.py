@@ -84,6 +84,22 @@ def test_compiled_loop_copies_no_cache_on_cpu(name, batch_size):
     assert cache_copies(text, state) == []
 
 
+def test_compiled_loop_of_a_model_with_every_option_copies_no_cache():
+    """Two windows, two rotations, caps, norms of heads and of outputs; masks of trees for each."""
+    options = {
+        "windows": (16, 0),
+        "local_rope_theta": 100.0,
+        "rope_scaling": models.RopeScaling("linear", 8.0),
+        "qk_norm": True,
+        "post_norms": True,
+        "attention_softcap": 50.0,
+        "qkv_bias": True,
+    }
+    decoder, params, state = abstract_loop("tree", 2, dataclasses.replace(TARGET, **options))
+    lowered = decoder.run.lower(params, state, jaxsd.UNTIL_DONE)
+    assert cache_copies(lowered.compile().as_text(), state) == []
+
+
 def test_search_for_copies_finds_a_planted_one():
     """The same loop over a model that writes before it reads: the usual order, which XLA copies."""
 
