@@ -10,11 +10,11 @@ program is the same on one device and on many, and so is its output, up to the o
 >>> mesh = sharding.make_mesh(data=1, model=1)
 >>> config = models.CONFIGS["tiny"]
 >>> params = sharding.place(models.init_params(config, jax.random.key(0)), mesh, sharding.TENSOR)
->>> params["layers"]["0"]["mlp"]["down"].sharding.spec
-PartitionSpec(None, 'model')
+>>> tuple(params["layers"]["0"]["mlp"]["down"].sharding.spec)
+(None, 'model')
 >>> target = sharding.on_mesh(models.language_model(config), mesh, sharding.TENSOR)
->>> target.init_cache(2, 8)[0].keys.sharding.spec
-PartitionSpec('data', 'model')
+>>> tuple(target.init_cache(2, 8)[0].keys.sharding.spec)
+('data', 'model')
 
 References:
   Shoeybi et al., 2019, https://arxiv.org/abs/1909.08053 (tensor parallelism); Xu et al., 2021,

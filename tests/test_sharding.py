@@ -149,7 +149,7 @@ def test_eight_devices_write_the_text_of_one_and_hold_an_eighth_each():
     whole, parts = found["weights"]
     # Norms are everywhere; the rest is divided by eight.
     assert len(parts) == 1
-    assert whole / 8 <= parts[0] < 1.01 * whole / 8
+    assert whole / 8 <= parts[0] < 1.02 * whole / 8
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_model_on_a_mesh_of_one_device_is_the_model():
     model = models.language_model(CONFIG)
     params = models.init_params(CONFIG, jax.random.key(0))
     divided = sharding.on_mesh(model, mesh)
-    tokens, positions = np.array([[1, 2, 3]]), np.array([[0, 1, 2]])
+    tokens, positions = np.array([[1, 2, 3], [0, 1, 2]], np.int32)[:, None]
     want, _ = model.apply(params, tokens, positions, model.init_cache(1, 8))
     placed = sharding.place(params, mesh)
     got, cache = divided.apply(placed, tokens, positions, divided.init_cache(1, 8))
