@@ -55,15 +55,23 @@ def test_verifiers_of_trees_have_exactly_the_targets_law(name, dtype):
     assert report.num_cases == 3 * 10 + len(TREES) * len(siblings) * 10
 
 
-@pytest.mark.parametrize("vocab_size", [2, 5])
-@pytest.mark.parametrize(
-    "verifier", [jaxsd.block_verification, jaxsd.recursive_rejection, jaxsd.traversal_verification]
-)
-def test_other_vocabularies_have_exactly_the_targets_law(verifier, vocab_size):
-    shapes = {2: ((-1, -1, 0, 0, 1),), 5: ((-1, -1, -1),)}[vocab_size]
-    options = {} if verifier is jaxsd.block_verification else {"trees": shapes}
+VOCABULARY_TREES = {2: ((-1, -1, 0, 0, 1),), 4: ((-1, -1, 0),), 5: ((-1, -1, -1),)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("vocab_size", VOCABULARY_TREES)
+@pytest.mark.parametrize("name", [*CHAIN_VERIFIERS, *TREE_VERIFIERS])
+def test_other_vocabularies_have_exactly_the_targets_law(name, vocab_size, dtype):
+    """Every rule, where every other test here has a vocabulary of 3; to 1e-6 and 1e-12."""
+    verifier, options = CHAIN_VERIFIERS.get(name), {}
+    if verifier is None:
+        verifier, siblings = TREE_VERIFIERS[name]
+        shapes = VOCABULARY_TREES[vocab_size]
+        if name == "target_matching" and vocab_size == 5:
+            shapes = ((-1, -1),)  # it draws a token at every node: 5**3 times as many cases
+        options = {"trees": shapes, "siblings": siblings}
     report = testing.check_verifier(
-        verifier, vocab_size=vocab_size, num_tokens=(2,), num_repeats=1, **options
+        verifier, vocab_size=vocab_size, num_tokens=(2,), num_repeats=1, dtype=dtype, **options
     )
     assert report, report
     assert report.method == "exact"
@@ -82,7 +90,10 @@ def test_other_vocabularies_have_exactly_the_targets_law(verifier, vocab_size):
     [
         jaxsd.rejection_sampling,
         jaxsd.block_verification,
+        jaxsd.gumbel_coupling,
+        jaxsd.recursive_rejection,
         jaxsd.traversal_verification,
+        jaxsd.k_sequential,
         jaxsd.target_matching,
     ],
 )
@@ -93,6 +104,8 @@ def test_filters_and_verification_together_have_the_law_of_the_filtered_target(v
 
     def fn(key, tokens, probs, logits):
         target = jaxsd.probabilities(jnp.stack([logits, 2.0 - logits]), both)[0]
+        if getattr(verifier, "shares_noise", False):
+            key = jax.random.split(key, 3)  # one for each place, as the decoder gives them
         return verifier(key, target, jaxsd.Draft(tokens, probs))[:2]
 
     report = testing.check_function(fn, sampling, num_tokens=[2], num_repeats=2)
