@@ -9,7 +9,7 @@ from jax import Array, lax
 from . import constraints as constraints_lib
 from . import sampling as sampling_lib
 from . import verifiers
-from .drafters import block_positions
+from .drafters import read_prompts
 from .draws import law_shape
 from .types import Draft, Drafter, LanguageModel, Params, Proposal, Sampling, Verifier
 
@@ -89,8 +89,7 @@ def cascade_drafter(
     def prefill(
         params: Params, state: CascadeState, prompts: Array, lengths: Array
     ) -> CascadeState:
-        positions = block_positions(prompts, lengths)
-        _, cache = model.apply(params[name], prompts, positions, state.cache)
+        cache = read_prompts(model, params[name], state.cache, prompts, lengths)
         return state._replace(cache=cache, num_read=lengths)
 
     def propose(

@@ -16,7 +16,7 @@ from . import sampling as sampling_lib
 from . import verifiers
 from .constraints import NONE as NO_CONSTRAINTS
 from .constraints import Constraints, Grammar
-from .drafters import block_positions
+from .drafters import block_positions, read_prompts
 from .lengths import LengthPolicy
 from .types import (
     Decoder,
@@ -171,11 +171,9 @@ def speculative(
         tokens = tokens.at[:, :width].set(jnp.where(inside, prompts, pad_id))
         # A block may begin at the last place of the buffer: K more slots keep every write in range.
         cache = target.init_cache(batch_size, max_len + num_tokens)
-        # The logits are not used, so the compiler drops the vocabulary projection.
-        logits, cache = target.apply(
-            params["target"], tokens[:, :width], block_positions(prompts, lengths), cache
-        )
-        vocab_size = logits.shape[-1]
+        cache = read_prompts(target, params["target"], cache, tokens[:, :width], lengths)
+        block = (prompts, block_positions(prompts, lengths), cache)
+        vocab_size = jax.eval_shape(target.apply, params["target"], *block)[0].shape[-1]
         state = drafter.init(params, batch_size, max_len)
         # Lengths are at least 1, so neither sum can wrap, however large the limit.
         limits = lengths + jnp.minimum(new, max_len - lengths)

@@ -88,9 +88,7 @@ def model_drafter(
         return DraftState(cache, jnp.zeros((batch_size,), jnp.int32))
 
     def prefill(params: Params, state: DraftState, prompts: Array, lengths: Array) -> DraftState:
-        return DraftState(
-            _read_prompts(model, params[name], state.cache, prompts, lengths), lengths
-        )
+        return DraftState(read_prompts(model, params[name], state.cache, prompts, lengths), lengths)
 
     def propose(
         params: Params,
@@ -216,7 +214,7 @@ def tree_drafter(
         return model.init_cache(batch_size, max_len + num_tokens)
 
     def prefill(params: Params, state: Any, prompts: Array, lengths: Array) -> Any:
-        return _read_prompts(model, params[name], state, prompts, lengths)
+        return read_prompts(model, params[name], state, prompts, lengths)
 
     def propose(
         params: Params,
@@ -328,7 +326,7 @@ def confident_tree_drafter(
         return model.init_cache(batch_size, max_len + room), slots
 
     def prefill(params: Params, state: Any, prompts: Array, lengths: Array) -> Any:
-        return _read_prompts(model, params[name], state[0], prompts, lengths), state[1]
+        return read_prompts(model, params[name], state[0], prompts, lengths), state[1]
 
     def propose(
         params: Params,
@@ -621,11 +619,32 @@ def block_positions(tokens: Array, lengths: Array) -> Array:
     return jnp.minimum(lengths, 0).astype(jnp.int32)[:, None] + steps[None, :]
 
 
-def _read_prompts(
+def read_prompts(
     model: LanguageModel, params: Params, cache: Any, prompts: Array, lengths: Array
 ) -> Any:
-    """The cache with the prompts in it."""
-    return model.apply(params, prompts, block_positions(prompts, lengths), cache)[1]
+    """The cache with the prompts in it, read in pieces.
+
+    The scores of a piece take `[B, heads, piece, slots]`: those of a long prompt at once would take
+    more memory than the model. Nobody asks for the logits, so the compiler drops the vocabulary
+    projection.
+    """
+    positions, width = block_positions(prompts, lengths), prompts.shape[1]
+    piece = _PROMPT_PIECE
+    if width <= piece:
+        return model.apply(params, prompts, positions, cache)[1]
+
+    def read(index: Array, cache: Any) -> Any:
+        # The last piece ends with the prompt, and may so begin among tokens that were read before.
+        start = jnp.minimum(index * piece, width - piece)
+        tokens, places = (
+            lax.dynamic_slice_in_dim(x, start, piece, axis=1) for x in (prompts, positions)
+        )
+        return model.apply(params, tokens, places, cache)[1]
+
+    return lax.fori_loop(0, -(-width // piece), read, cache)
+
+
+_PROMPT_PIECE = 512
 
 
 def _no_prefill(params: Params, state: object, prompts: Array, lengths: Array) -> object:

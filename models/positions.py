@@ -18,10 +18,12 @@ class Masks(NamedTuple):
 
     cache: `[B, T or 1, S]` bool, which slots; None without a cache.
     block: `[B or 1, T, T]` bool, which of the block's own tokens.
+    reach: `[]` int32, no slot from here on is seen by any; None without a cache.
     """
 
     cache: Array | None
     block: Array
+    reach: Array | None
 
 
 def windows(config: Config) -> set[int]:
@@ -31,7 +33,7 @@ def windows(config: Config) -> set[int]:
 
 def text_masks(sizes: Iterable[int], length: int) -> dict[int, Masks]:
     """Masks of whole texts without a cache, by window."""
-    return {size: Masks(cache=None, block=_causal(length, size)) for size in sizes}
+    return {size: Masks(cache=None, block=_causal(length, size), reach=None) for size in sizes}
 
 
 def block_masks(
@@ -40,12 +42,12 @@ def block_masks(
     """Masks of consecutive tokens, those before `starts` being in the cache, by window."""
     # Slots at or above the block's start may hold anything.
     filled = jnp.arange(num_slots)[None, :] < starts[:, None]
-    masks = {}
+    masks, reach = {}, jnp.max(starts)
     for size in sizes:
         visible = filled[:, None, :]
         if size:
             visible = visible & _slots_within(size, positions, num_slots)
-        masks[size] = Masks(cache=visible, block=_causal(positions.shape[1], size))
+        masks[size] = Masks(visible, _causal(positions.shape[1], size), reach)
     return masks
 
 
@@ -73,7 +75,7 @@ def tree_masks(
             index = jnp.broadcast_to(index, (*seen.shape[:2], index.shape[2]))
             on_path = jnp.take_along_axis(nodes[:, :, :before], index, axis=2)
             visible |= in_tree[:, None, :] & on_path
-        masks[size] = Masks(cache=visible, block=nodes[:, :, before:])
+        masks[size] = Masks(visible, nodes[:, :, before:], jnp.max(starts) + before)
     return masks
 
 

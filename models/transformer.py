@@ -131,18 +131,7 @@ class Attention(nnx.Module):
         keys = qk[:, :, :, group].transpose(0, 2, 1, 3)  # [B, H_kv, T, D]
         values = qkv[:, :, :, group + 1].transpose(0, 2, 1, 3)
 
-        visible = _per_group(masks.block, group)
-        scores = jnp.where(visible, _scores(config, queries, keys), _MASKED)
-        if cache is not None and masks.cache is not None:
-            # The cache is read as it was before this block; the block is written after the last
-            # layer has read (see `_write`).
-            past = _scores(config, queries, cache.keys)
-            past = jnp.where(_per_group(masks.cache, group), past, _MASKED)
-            scores = jnp.concatenate([past, scores], axis=-1)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = weights[..., -length:] @ values
-        if cache is not None:
-            mixed = mixed + weights[..., :-length] @ cache.values
+        mixed = _attend(config, queries, LayerCache(keys, values), masks, cache)
         mixed = mixed.reshape(batch, heads, group, length, size).transpose(0, 3, 1, 2, 4)
         out = _linear(mixed.reshape(batch, length, -1), self.out[...])
         if config.output_bias:
@@ -328,14 +317,17 @@ class TransformerLM(NamedTuple):
     cache_dtype: Any = jnp.float32
 
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
-        """Zeroed keys and values for `max_len` positions of `batch_size` rows.
+        """Zeroed keys and values for `max_len` positions, or a few more, of `batch_size` rows.
 
         Raises:
           ValueError: more positions than were learned, where they are.
         """
         config = self.config
         _check_positions(config, max_len, "slots (a decoder asks for its max_len and K more)")
-        shape = (batch_size, config.n_kv_heads, max_len, config.head_dim)
+        # Whole tiles: a TPU copies the caches of other sizes in every pass.
+        tile = _TILE if max_len >= 2 * _TILE else _MIN_TILE
+        num_slots = -(-max_len // tile) * tile
+        shape = (batch_size, config.n_kv_heads, num_slots, config.head_dim)
         return tuple(
             LayerCache(jnp.zeros(shape, self.cache_dtype), jnp.zeros(shape, self.cache_dtype))
             for _ in range(config.n_layers)
@@ -428,6 +420,9 @@ def language_model(config: Config, cache_dtype: Any = jnp.float32) -> Transforme
     return TransformerLM(config, cache_dtype)
 
 
+# Slots of a cache come in multiples of these.
+_TILE, _MIN_TILE = 128, 16
+
 # A score that no softmax can see, finite so that a row of nothing else stays finite.
 _MASKED = -1e30
 
@@ -486,6 +481,58 @@ def _per_group(mask: Array, group: int) -> Array:
         return mask[:, None]
     mask = jnp.broadcast_to(mask[:, None], (batch, group, length, slots))
     return mask.reshape(batch, 1, group * length, slots)
+
+
+def _attend(
+    config: Config, queries: Array, fresh: LayerCache, masks: Masks, cache: LayerCache | None
+) -> Array:
+    """What queries `[B, H_kv, G T, D]` take from the cache and from their own block.
+
+    The cache is read as it was before this block, and no further than it is filled: as far as the
+    least of a few lengths that holds every row's text, chosen on the device. The block is written
+    after the last layer has read (see `_write`).
+    """
+    length = fresh.keys.shape[2]
+    group = queries.shape[2] // length
+    block = jnp.where(_per_group(masks.block, group), _scores(config, queries, fresh.keys), _MASKED)
+
+    def over(slots: int) -> Array:
+        scores = block
+        if cache is not None and slots:
+            past = _scores(config, queries, cache.keys[:, :, :slots])
+            past = jnp.where(_per_group(masks.cache[..., :slots], group), past, _MASKED)
+            scores = jnp.concatenate([past, block], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+        mixed = weights[..., -length:] @ fresh.values
+        if cache is not None and slots:
+            mixed = mixed + weights[..., :-length] @ cache.values[:, :, :slots]
+        return mixed
+
+    if cache is None or masks.reach is None:
+        return over(0)
+    sizes = _attended_lengths(cache.keys.shape[2], length)
+    if len(sizes) == 1:
+        return over(sizes[0])
+    index = jnp.sum(masks.reach > jnp.array(sizes[:-1], jnp.int32), dtype=jnp.int32)
+    return lax.switch(index, [functools.partial(over, slots) for slots in sizes])
+
+
+def _attended_lengths(num_slots: int, length: int) -> list[int]:
+    """How much of a cache a pass may read: a few lengths; the least that is enough is taken.
+
+    A part of a cache is copied before it is read, on CPU as on TPU, so that reading half of it
+    costs as much as reading all: each length is four times the one before. A block of a prompt
+    has a length of none, for its beginning.
+    """
+    lengths = [0] if length > _MAX_THIN_ROWS else []
+    part = _MIN_PART
+    while 4 * part <= num_slots:
+        lengths.append(part)
+        part *= 4
+    return [*lengths, num_slots]
+
+
+_MIN_PART = 256
 
 
 def _scores(config: Config, queries: Array, keys: Array) -> Array:

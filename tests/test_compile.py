@@ -41,14 +41,14 @@ VERIFIERS = {
 }
 
 
-def abstract_loop(name, batch_size, target=TARGET, dtype=jnp.float32):
+def abstract_loop(name, batch_size, target=TARGET, dtype=jnp.float32, max_len=MAX_LEN):
     """A decoder and the shapes its loop takes, nothing allocated; or give a drafter itself."""
     model = models.language_model(target, cache_dtype=dtype)
     decoder = jaxsd.speculative(
         model,
         DRAFTERS.get(name, name),
         VERIFIERS.get(name, jaxsd.block_verification),
-        max_len=MAX_LEN,
+        max_len=max_len,
         draft_lengths=DRAFT_LENGTHS.get(name),
     )
     params = {
@@ -98,6 +98,13 @@ def test_compiled_loop_of_a_model_with_every_option_copies_no_cache():
     decoder, params, state = abstract_loop("tree", 2, dataclasses.replace(TARGET, **options))
     lowered = decoder.run.lower(params, state, jaxsd.UNTIL_DONE)
     assert cache_copies(lowered.compile().as_text(), state) == []
+
+
+def test_compiled_loop_that_reads_parts_of_a_cache_copies_no_whole_one():
+    decoder, params, state = abstract_loop("model", 8, max_len=1100)
+    text = decoder.run.lower(params, state, jaxsd.UNTIL_DONE).compile().as_text()
+    assert " conditional(" in text
+    assert cache_copies(text, state) == []
 
 
 def test_search_for_copies_finds_a_planted_one():

@@ -10,7 +10,7 @@ import pytest
 import reference
 
 import jaxsd
-from jaxsd import models, testing
+from jaxsd import drafters, models, testing
 
 VOCAB, ORDER, EOS, MAX_LEN = 12, 2, 11, 24
 MODEL = testing.MarkovModel(VOCAB, ORDER)
@@ -304,6 +304,22 @@ def test_a_transformer_decodes_greedily_as_without_a_cache():
             margin = reference.smallest_margin(next_logits, want, len(prompt))
             assert margin > 1e-4, "the weights were chosen so that no place is a near-tie"
             assert np.asarray(out.tokens)[row].tolist() == want
+
+
+@pytest.mark.parametrize("width", [6, 11, 12])
+def test_prompts_read_in_pieces_leave_the_caches_that_one_reading_leaves(width, monkeypatch):
+    """Pieces of 5: the last one begins again among tokens that were read before, or does not."""
+    model, params = models.language_model(TINY), models.init_params(TINY, jax.random.key(0))
+    prompts = jax.random.randint(jax.random.key(2), (2, width), 0, TINY.vocab_size)
+    lengths, caches = jnp.array([width, 3]), []
+    for piece in (512, 5):
+        monkeypatch.setattr(drafters, "_PROMPT_PIECE", piece)
+        read = jax.jit(functools.partial(drafters.read_prompts, model, params))
+        caches.append(read(model.init_cache(2, 16), prompts=prompts, lengths=lengths))
+    for whole, pieces in zip(*map(jax.tree.leaves, caches), strict=True):
+        assert np.any(whole[:, :, width - 1])
+        assert not np.any(pieces[:, :, width:])
+        np.testing.assert_allclose(pieces, whole, rtol=2e-5, atol=2e-5)
 
 
 # ---- One program, whatever is asked of it

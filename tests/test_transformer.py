@@ -131,6 +131,34 @@ def test_rows_at_different_places_are_written_at_different_places():
         np.testing.assert_allclose(logits[row], expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("length", [3, 20])
+def test_reading_as_much_of_a_cache_as_is_filled_equals_reading_all_of_it(length, monkeypatch):
+    """At the borders of the lengths there are; above what is filled the cache holds junk."""
+    params, tokens = setup(TIED, length)
+    model = models.language_model(TIED)
+    cache = model.init_cache(2, 1100)
+    cache = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(3), leaf.shape), cache)
+
+    def logits(starts):
+        positions = starts[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+        return model.apply(params, tokens, positions, cache)[0]
+
+    filled = [np.array([most, most // 2], np.int32) for most in (0, 255, 256, 257, 1000)]
+    assert len(transformer._attended_lengths(1152, length)) == 2 + (length > 16)
+    in_parts = jax.jit(logits)
+    parts = [in_parts(starts) for starts in filled]
+    monkeypatch.setattr(transformer, "_attended_lengths", lambda slots, _: [slots])
+    whole = jax.jit(lambda starts: logits(starts))
+    for part, starts in zip(parts, filled, strict=True):
+        np.testing.assert_allclose(part, whole(starts), **TOLERANCE)
+
+
+def test_caches_come_in_whole_tiles():
+    model = models.language_model(TIED)
+    for asked, slots in ((1, 16), (16, 16), (17, 32), (255, 256), (257, 384), (1024, 1024)):
+        assert model.init_cache(1, asked)[0].keys.shape[2] == slots
+
+
 def test_many_rows_are_written_by_a_loop_with_the_same_result():
     model = models.language_model(TIED)
     params, _ = setup(TIED)
