@@ -41,14 +41,14 @@ VERIFIERS = {
 }
 
 
-def abstract_loop(name, batch_size, target=TARGET, dtype=jnp.float32, max_len=MAX_LEN):
+def abstract_loop(name, batch_size, target=TARGET, dtype=jnp.float32, max_len=None):
     """A decoder and the shapes its loop takes, nothing allocated; or give a drafter itself."""
     model = models.language_model(target, cache_dtype=dtype)
     decoder = jaxsd.speculative(
         model,
         DRAFTERS.get(name, name),
         VERIFIERS.get(name, jaxsd.block_verification),
-        max_len=max_len,
+        max_len=MAX_LEN if max_len is None else max_len,
         draft_lengths=DRAFT_LENGTHS.get(name),
     )
     params = {

@@ -209,15 +209,15 @@ def num_bytes(tree):
 
 
 def test_there_is_no_second_cache_and_no_second_prefill():
-    """The state is that of plain decoding but for K more slots; a model_drafter of the same layers
+    """The state is that of plain decoding but for room for K more; a model_drafter of the same layers
     has a cache of its own."""
     before = dict(TRACES)
     plain = decoder(0).start(PARAMS, PROMPTS, LENGTHS, KEY)
     state = decoder(1).start(PARAMS, PROMPTS, LENGTHS, KEY)
     assert dict(TRACES) == before
     assert jax.tree.leaves(state.drafter_state) == []
-    slot = num_bytes(plain.target_cache) // MAX_LEN
-    assert num_bytes(state.target_cache) == num_bytes(plain.target_cache) + K * slot
+    for one, room in ((plain, MAX_LEN), (state, MAX_LEN + K)):
+        assert num_bytes(one.target_cache) == num_bytes(TARGET.init_cache(len(PROMPTS), room))
     second = jaxsd.model_drafter(layers.exit_early(TARGET, 1), K, name="target")
     apart = jaxsd.speculative(TARGET, second, max_len=MAX_LEN)
     apart = jax.eval_shape(apart.init, PARAMS, PROMPTS, LENGTHS, KEY)
