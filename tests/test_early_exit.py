@@ -209,7 +209,7 @@ def num_bytes(tree):
 
 
 def test_there_is_no_second_cache_and_no_second_prefill():
-    """The state is that of plain decoding but for room for K more; a model_drafter of the same layers
+    """The state is that of plain decoding but for room for K more; a model_drafter of these layers
     has a cache of its own."""
     before = dict(TRACES)
     plain = decoder(0).start(PARAMS, PROMPTS, LENGTHS, KEY)
