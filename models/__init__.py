@@ -1,6 +1,6 @@
 """Flax transformers that satisfy `jaxsd.LanguageModel`, their training and their files."""
 
-from . import corpus, training
+from . import corpus, sharding, training
 from .checkpoint import Pretrained, check_pair, load_model, save_model
 from .configs import CONFIGS, Config, RopeScaling
 from .convert import HFModel, export_hf, load_hf
@@ -36,5 +36,6 @@ __all__ = [
     "load_model",
     "num_parameters",
     "save_model",
+    "sharding",
     "training",
 ]

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from . import checkpoint, corpus, families, hf_tokenizer
+from . import checkpoint, corpus, families, hf_tokenizer, sharding
 from .configs import Config
 from .transformer import abstract_params
 
@@ -41,6 +41,8 @@ def load_hf(
     folder: str | os.PathLike,
     dtype: Any = jnp.float32,
     *,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules = sharding.TENSOR,
     place: Callable[[str, np.ndarray], jax.Array] | None = None,
     ignore: Collection[str] = (),
 ) -> HFModel:
@@ -48,14 +50,17 @@ def load_hf(
 
     Families, by `model_type`: llama (1, 2, 3, 3.1, 3.2), mistral, qwen2 (1.5, 2, 2.5), qwen3,
     gemma2, gemma3_text, gpt_neox (Pythia), gpt2, opt. Nothing is downloaded and nothing unpickled.
-    Peak memory is that of the parameters and at most 1.2 times the largest array more.
+    Peak memory is that of the parameters on this host and at most 1.2 times the largest array more.
 
     Args:
       folder: with config.json, and model.safetensors or shards and model.safetensors.index.json;
         where they are, tokenizer.json and generation_config.json are read too.
       dtype: type of the parameters; None keeps the stored type.
-      place: puts one finished array, given its dotted name, where it belongs: on a device, or
-        sharded over several. Default: `jax.device_put`, which on a CPU copies nothing.
+      mesh: devices to divide the parameters among; each array goes there as soon as it is read.
+        In a program of several processes all of them call this with a mesh of all devices.
+      rules: from logical axis to mesh axis; see `jaxsd.models.sharding`.
+      place: instead of a mesh: puts one finished array, given its dotted name, where it belongs.
+        Default: `jax.device_put`, which on a CPU copies nothing.
       ignore: fields of config.json to pass over, where an unknown one is known to be harmless.
 
     Returns:
@@ -64,7 +69,8 @@ def load_hf(
 
     Raises:
       ValueError: names the folder and every problem: of the files, or of the config's fields, or
-        every tensor that is missing, unexpected, of another shape or not finite.
+        every tensor that is missing, unexpected, of another shape or not finite. Also where both
+        `mesh` and `place` are given, or the rules do not fit the mesh.
 
     >>> import pathlib, tempfile, jax
     >>> from jaxsd import models
@@ -74,7 +80,14 @@ def load_hf(
     >>> models.export_hf(folder, config, params)
     >>> models.load_hf(folder).config == config
     True
+    >>> mesh = models.sharding.make_mesh(data=1, model=1)
+    >>> tuple(models.load_hf(folder, mesh=mesh).params["embedding"].sharding.spec)
+    ('model',)
     """
+    if mesh is not None:
+        if place is not None:
+            raise ValueError(f"mesh={mesh} and place={place} both say where arrays go; give one")
+        place = sharding.placer(mesh, rules)
     folder = pathlib.Path(folder)
     files = _Files(folder)
     content = files.read_json(checkpoint.CONFIG_FILE)
