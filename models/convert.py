@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from . import checkpoint, corpus, families, hf_tokenizer, sharding
+from . import atomic, checkpoint, corpus, families, hf_tokenizer, sharding
 from .configs import Config
 from .transformer import abstract_params
 
@@ -170,7 +170,7 @@ def export_hf(
     if eos:
         content["eos_token_id"] = eos[0] if len(eos) == 1 else eos
 
-    temporary = checkpoint.hidden_sibling(folder, "writing")
+    temporary = atomic.hidden_sibling(folder, "writing")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed here
     temporary.mkdir(parents=True)
     wanted = families.pieces(families.FAMILIES[content["model_type"]], config)
@@ -178,11 +178,11 @@ def export_hf(
     if tokenizer is not None:
         tokenizer.save(temporary)
     if eos:
-        generation = checkpoint.json_bytes({"eos_token_id": content["eos_token_id"]})
-        checkpoint.write_bytes(temporary / GENERATION_FILE, generation)
-    checkpoint.write_bytes(temporary / checkpoint.CONFIG_FILE, checkpoint.json_bytes(content))
-    checkpoint.sync_folder(temporary)
-    checkpoint.replace_folder(temporary, folder)
+        generation = atomic.json_bytes({"eos_token_id": content["eos_token_id"]})
+        atomic.write_bytes(temporary / GENERATION_FILE, generation)
+    atomic.write_bytes(temporary / checkpoint.CONFIG_FILE, atomic.json_bytes(content))
+    atomic.sync_folder(temporary)
+    atomic.replace_folder(temporary, folder)
 
 
 _REWRITTEN = ("rope_parameters", "dtype")
@@ -538,10 +538,10 @@ def _write_tensors(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {piece.name: _take_piece(piece, leaves[piece.leaf]) for piece in shard}
         weight_map |= dict.fromkeys(tensors, name)
-        checkpoint.write_bytes(folder / name, safetensors.numpy.save(tensors, {"format": "pt"}))
+        atomic.write_bytes(folder / name, safetensors.numpy.save(tensors, {"format": "pt"}))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        checkpoint.write_bytes(folder / INDEX_FILE, checkpoint.json_bytes(index))
+        atomic.write_bytes(folder / INDEX_FILE, atomic.json_bytes(index))
 
 
 def _take_piece(piece: families.Piece, leaf: Any) -> np.ndarray:
