@@ -50,10 +50,23 @@ def replace_folder(source: pathlib.Path, folder: pathlib.Path) -> None:
 def describe(folder: pathlib.Path) -> dict[str, list[Any]]:
     """Size and SHA-256 of every file below a folder."""
     return {
-        path.relative_to(folder).as_posix(): [
-            path.stat().st_size,
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-        ]
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)]
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def damage(folder: pathlib.Path, recorded: Mapping[str, Any]) -> str | None:
+    """Which files are no longer as `describe` found them, in words; None if all are."""
+    found = describe(folder)
+    names = sorted(name for name in found | recorded if found.get(name) != recorded.get(name))
+    if not names:
+        return None
+    return (
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing or not what was written"
+    )
+
+
+def _checksum(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

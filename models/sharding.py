@@ -134,6 +134,15 @@ def shardings_of(tree: Any, mesh: Mesh, rules: Rules = TENSOR) -> Any:
     )
 
 
+def shapes_on_mesh(tree: Any, mesh: Mesh, rules: Rules = TENSOR) -> Any:
+    """Shapes, types and places of a tree's arrays: `shardings_of`, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings_of(tree, mesh, rules),
+    )
+
+
 def place(params: Any, mesh: Mesh, rules: Rules = TENSOR) -> Any:
     """The parameters on the mesh, each device holding its part.
 
