@@ -59,7 +59,7 @@ def describe(folder: pathlib.Path) -> dict[str, list[Any]]:
 def damage(folder: pathlib.Path, recorded: Mapping[str, Any]) -> str | None:
     """Which files are no longer as `describe` found them, in words; None if all are."""
     found = describe(folder)
-    names = sorted(name for name in found | recorded if found.get(name) != recorded.get(name))
+    names = sorted(name for name in {*found, *recorded} if found.get(name) != recorded.get(name))
     if not names:
         return None
     return (
