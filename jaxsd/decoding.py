@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 from jax.typing import ArrayLike
 
 from . import constraints as constraints_lib
@@ -505,13 +506,12 @@ def speculative(
         """The compiled loop, one round at a time, and what each round changed."""
         one = np.int32(1)
         place = np.arange(num_tokens + 1)[None, :]
-        # Copies: the state is donated, and on a CPU an array that was fetched is the buffer itself.
-        before = jax.tree.map(np.array, (state.lengths, state.stats, state.done))
+        before = jax.tree.map(_to_host, (state.lengths, state.stats, state.done))
         while not np.all(before[2]):
             state = compiled_run(params, state, one)
-            after = jax.tree.map(np.array, (state.lengths, state.stats, state.done))
+            after = jax.tree.map(_to_host, (state.lengths, state.stats, state.done))
             index = before[0][:, None] + place
-            buffer = np.asarray(state.tokens)
+            buffer = _to_host(state.tokens)
             tokens: Any = np.take_along_axis(buffer, np.minimum(index, max_len - 1), axis=1)
             tokens = np.where(index < after[0][:, None], tokens, np.int32(pad_id))
             yield StepInfo(
@@ -533,6 +533,14 @@ def speculative(
         num_tokens=num_tokens,
         max_len=max_len,
     )
+
+
+def _to_host(array: Array) -> np.ndarray:
+    """All of an array, though parts be with other processes, all of which call this together."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    # A copy: the state is donated, and on a CPU an array that was fetched is the buffer itself.
+    return np.array(array)
 
 
 def _draft(proposal: Proposal, proposed: Array, target_probs: Array) -> Draft:

@@ -1,11 +1,18 @@
 """Flax transformers that satisfy `jaxsd.LanguageModel`, their training and their files."""
 
-from . import corpus, training
+from . import corpus, sharding, training
 from .checkpoint import Pretrained, check_pair, load_model, save_model
 from .configs import CONFIGS, Config, RopeScaling
 from .convert import HFModel, export_hf, load_hf
 from .early_exit import EarlyExitLM, exit_early
 from .embedded import load_embedded
+from .states import (
+    PendingCheckpoint,
+    latest_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+    start_checkpoint,
+)
 from .transformer import (
     TransformerLM,
     abstract_params,
@@ -20,6 +27,7 @@ __all__ = [
     "Config",
     "EarlyExitLM",
     "HFModel",
+    "PendingCheckpoint",
     "Pretrained",
     "RopeScaling",
     "TransformerLM",
@@ -31,10 +39,15 @@ __all__ = [
     "forward",
     "init_params",
     "language_model",
+    "latest_checkpoint",
     "load_embedded",
     "load_hf",
     "load_model",
     "num_parameters",
+    "restore_checkpoint",
+    "save_checkpoint",
     "save_model",
+    "sharding",
+    "start_checkpoint",
     "training",
 ]

@@ -1,16 +1,15 @@
-"""Weights on disk: finished models, and the state of a training run.
+"""Model folders: a finished model on disk, whole or refused.
 
-A *model folder* holds `config.json` (shape, tokenizer, checksum, metadata), `model.safetensors`
-and `tokenizer.json`. A *training checkpoint* is an orbax folder with a manifest beside it. Both
-are checked whole before anything in them is used, and both come into being under another name and
-are renamed, so that a folder that is there is a folder that was finished. Nothing is unpickled.
+A folder holds `config.json` (shape, checksum, metadata), `tokenizer.json` and `model.safetensors`,
+or in its place, where many devices wrote it, a folder `weights` of orbax. It is checked whole
+before anything in it is used, and comes into being under another name and is renamed, so that a
+folder that is there is a folder that was finished. Nothing is unpickled.
 """
 
 import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,17 +18,18 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from . import corpus
+from . import atomic, corpus, sharding, states
 from .configs import Config
 from .transformer import abstract_params
 
 MODEL_FORMAT = "jaxsd-model-1"
+SHARDED_FORMAT = "jaxsd-model-2"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FOLDER = "weights"
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -37,9 +37,6 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 EXPORT_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
-
-
-# -- model folders --------------------------------------------------------------------------------
 
 
 class Pretrained(NamedTuple):
@@ -59,11 +56,13 @@ def save_model(
     *,
     dtype: str = "bfloat16",
     metadata: Mapping[str, Any] | None = None,
+    sharded: bool = False,
 ) -> None:
     """Writes a model folder that `load_model` reads; replaces one that is there.
 
     All files are written to a hidden sibling folder which is then renamed, so a reader, or a
-    power cut, never meets half a model.
+    power cut, never meets half a model. In a program of several processes all of them call this,
+    with one folder that all of them see.
 
     Args:
       folder: where; its parents are made.
@@ -72,19 +71,17 @@ def save_model(
       tokenizer: saved with the model; its size must be the config's.
       dtype: "bfloat16" or "float32", the type of the stored tensors.
       metadata: JSON values about the training (data, steps, losses).
+      sharded: every device writes its own part, and no process needs room for all of them.
 
     Raises:
-      ValueError: unknown dtype, parameters that do not fit the config, non-finite parameters, or a
-        tokenizer of another size.
+      ValueError: unknown dtype, parameters that do not fit the config, non-finite parameters, a
+        tokenizer of another size, or parameters that only several processes hold together, which
+        take `sharded=True`.
     """
     if dtype not in EXPORT_DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(EXPORT_DTYPES)}")
     folder = pathlib.Path(folder).absolute()
-    with np.errstate(over="ignore"):  # an overflow in the cast is found as a value not finite
-        tensors = {
-            name: np.asarray(leaf).astype(EXPORT_DTYPES[dtype])
-            for name, leaf in flatten(params).items()
-        }
+    tensors = _cast(flatten(params), EXPORT_DTYPES[dtype], sharded)
     problems = tensor_problems(config, tensors)
     if tokenizer.vocab_size != config.vocab_size:
         problems.append(
@@ -92,37 +89,77 @@ def save_model(
         )
     if problems:
         raise ValueError(f"cannot save model {str(folder)!r}: {'; '.join(problems)}")
-
-    weights = safetensors.numpy.save(tensors, {"format": "jaxsd"})
     content = {
-        "format": MODEL_FORMAT,
+        "format": SHARDED_FORMAT if sharded else MODEL_FORMAT,
         "config": config.to_dict(),
-        "weights": {
-            "file": WEIGHTS_FILE,
-            "dtype": dtype,
-            "num_bytes": len(weights),
-            "sha256": hashlib.sha256(weights).hexdigest(),
-        },
         "metadata": {**(metadata or {}), "tokenizer_fingerprint": tokenizer.fingerprint()},
     }
-    config_bytes = json_bytes(content)
+    atomic.json_bytes(content)  # what is no JSON is found before anything is written
 
-    temporary = hidden_sibling(folder, "writing")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed here
-    temporary.mkdir(parents=True)
-    write_bytes(temporary / WEIGHTS_FILE, weights)
-    tokenizer.save(temporary)
-    write_bytes(temporary / CONFIG_FILE, config_bytes)
-    sync_folder(temporary)
-    replace_folder(temporary, folder)
+    temporary = atomic.hidden_sibling(folder, "writing")
+    if states.is_first_process():
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed here
+        temporary.mkdir(parents=True)
+    states.agree("folder of model made")
+    if sharded:
+        states.start_writing(temporary / WEIGHTS_FOLDER, unflatten(tensors)).close()
+    if states.is_first_process():
+        weights = {"dtype": dtype, **_write_weights(temporary, tensors, sharded)}
+        tokenizer.save(temporary)
+        atomic.write_bytes(
+            temporary / CONFIG_FILE, atomic.json_bytes({**content, "weights": weights})
+        )
+        atomic.sync_folder(temporary)
+        atomic.replace_folder(temporary, folder)
+    states.agree("model written")
 
 
-def load_model(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Pretrained:
+def _cast(tensors: Mapping[str, Any], dtype: np.dtype, sharded: bool) -> dict[str, Any]:
+    """In the type to be stored, on the devices they are on, or on this host."""
+    if sharded:
+        return {name: jnp.asarray(leaf).astype(dtype) for name, leaf in tensors.items()}
+    away = [
+        name
+        for name, leaf in tensors.items()
+        if isinstance(leaf, jax.Array)
+        and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    ]
+    if away:
+        raise ValueError(f"params {away[0]} is in part with other processes: give sharded=True")
+    with np.errstate(over="ignore"):  # an overflow in the cast is found as a value not finite
+        return {name: np.asarray(leaf).astype(dtype) for name, leaf in tensors.items()}
+
+
+def _write_weights(
+    folder: pathlib.Path, tensors: Mapping[str, Any], sharded: bool
+) -> dict[str, Any]:
+    """Writes what the devices have not, and says what is there to check."""
+    if sharded:
+        return {"files": atomic.describe(folder / WEIGHTS_FOLDER)}
+    weights = safetensors.numpy.save(dict(tensors), {"format": "jaxsd"})
+    atomic.write_bytes(folder / WEIGHTS_FILE, weights)
+    return {
+        "file": WEIGHTS_FILE,
+        "num_bytes": len(weights),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
+
+
+def load_model(
+    folder: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules = sharding.TENSOR,
+) -> Pretrained:
     """Reads a model folder, checking everything before anything is used.
 
     Args:
-      folder: written by `save_model`.
+      folder: written by `save_model`, sharded or not.
       dtype: type of the returned parameters; None keeps the stored type.
+      mesh: devices to divide the parameters among; of a folder that was saved sharded, on whatever
+        mesh, each reads its own part. In a program of several processes all of them call this.
+      rules: from logical axis to mesh axis; see `jaxsd.models.sharding`.
 
     Returns:
       Config, parameters as a nested dict of arrays, tokenizer and metadata.
@@ -131,8 +168,10 @@ def load_model(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Pretraine
       ValueError: one error that names the folder and every problem found: missing or unreadable
         files, unknown, missing or ill-typed config fields, weights that are truncated or whose
         checksum differs, tensors that are missing, unexpected, misshapen or not finite, a
-        tokenizer of another size or with another fingerprint.
+        tokenizer of another size or with another fingerprint. Also if the rules do not fit the
+        mesh.
     """
+    put = _put_anywhere if mesh is None else sharding.placer(mesh, rules)
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"model folder {str(folder)!r} does not exist or is not a folder")
@@ -140,17 +179,30 @@ def load_model(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Pretraine
     content = _read_config_file(folder / CONFIG_FILE, problems)
     config = _read_config(content, problems)
     metadata = _expect(content, "metadata", dict, problems)
-    tensors = _read_weights(folder, _expect(content, "weights", dict, problems), problems)
+    recorded = _expect(content, "weights", dict, problems)
+    if content.get("format") == SHARDED_FORMAT:
+        name = WEIGHTS_FOLDER
+        tensors = _read_sharded(folder, recorded, config, dtype, mesh, rules, problems)
+    else:
+        name, tensors = WEIGHTS_FILE, _read_weights(folder, recorded, problems)
     if config is not None and tensors is not None:
-        problems += [f"{WEIGHTS_FILE}: {text}" for text in tensor_problems(config, tensors)]
+        problems += [f"{name}: {text}" for text in tensor_problems(config, tensors)]
     tokenizer = _read_tokenizer(folder, config, metadata, problems)
     if problems or config is None or tensors is None or metadata is None or tokenizer is None:
         raise ValueError(f"cannot load model {str(folder)!r}: {'; '.join(problems)}")
     arrays = {
-        name: jnp.asarray(tensor if dtype is None else tensor.astype(jnp.dtype(dtype)))
+        # Where it is to be already, or on this host.
+        name: tensor
+        if isinstance(tensor, jax.Array)
+        else put(name, tensor if dtype is None else tensor.astype(jnp.dtype(dtype)))
         for name, tensor in tensors.items()
     }
     return Pretrained(config, unflatten(arrays), tokenizer, metadata)
+
+
+def _put_anywhere(name: str, array: np.ndarray) -> jax.Array:
+    del name
+    return jnp.asarray(array)
 
 
 def check_pair(target: Pretrained, draft: Pretrained) -> None:
@@ -187,9 +239,10 @@ def _read_config_file(path: pathlib.Path, problems: list[str]) -> dict[str, Any]
     except ValueError as error:
         problems.append(f"{path.name} is not JSON ({error})")
         return {}
-    if not isinstance(content, dict) or content.get("format") != MODEL_FORMAT:
+    known = (MODEL_FORMAT, SHARDED_FORMAT)
+    if not isinstance(content, dict) or content.get("format") not in known:
         found = content.get("format") if isinstance(content, dict) else content
-        problems.append(f"{path.name} has format {found!r}, not {MODEL_FORMAT!r}")
+        problems.append(f"{path.name} has format {found!r}, not {' or '.join(map(repr, known))}")
         return {}
     return content
 
@@ -250,7 +303,46 @@ def _read_weights(
     return tensors
 
 
-def tensor_problems(config: Config, tensors: Mapping[str, np.ndarray]) -> list[str]:
+def _read_sharded(
+    folder: pathlib.Path,
+    recorded: Mapping[str, Any] | None,
+    config: Config | None,
+    dtype: Any,
+    mesh: jax.sharding.Mesh | None,
+    rules: sharding.Rules,
+    problems: list[str],
+) -> dict[str, Any] | None:
+    """Tensors in their places on the mesh; without one, on this host."""
+    if config is None or recorded is None:
+        return None
+    stored, described = recorded.get("dtype"), recorded.get("files")
+    if stored not in EXPORT_DTYPES or not isinstance(described, dict):
+        problems.append(f"{CONFIG_FILE}: weights must have a dtype and files")
+        return None
+    if damage := atomic.damage(folder / WEIGHTS_FOLDER, described):
+        problems.append(f"{WEIGHTS_FOLDER} is damaged: {damage}")
+        return None
+    # Before anything is built: a damaged config can ask for more layers than memory holds.
+    num_bytes = sum(size for size, _ in described.values())
+    if config.n_layers > num_bytes:
+        problems.append(f"{num_bytes} bytes of weights cannot hold n_layers={config.n_layers}")
+        return None
+    wanted_dtype = EXPORT_DTYPES[stored] if dtype is None else jnp.dtype(dtype)
+    try:
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wanted_dtype), abstract_params(config)
+        )
+        wanted = (
+            states.on_host(like) if mesh is None else sharding.shapes_on_mesh(like, mesh, rules)
+        )
+        return flatten(states.read((folder / WEIGHTS_FOLDER).absolute(), wanted))
+    except (OverflowError, TypeError, ValueError) as error:
+        problems.append(f"{WEIGHTS_FOLDER} does not hold what the config asks for ({error})")
+        return None
+
+
+def tensor_problems(config: Config, tensors: Mapping[str, Any]) -> list[str]:
+    """What is wrong with tensors, of this host or of devices, as those of a config."""
     # Before anything is built: a damaged config can ask for more layers than memory holds.
     if config.n_layers > len(tensors):
         return [f"{len(tensors)} tensors cannot hold n_layers={config.n_layers}"]
@@ -270,9 +362,16 @@ def tensor_problems(config: Config, tensors: Mapping[str, np.ndarray]) -> list[s
                 f"tensor {name} has shape {tensor.shape}, the config asks for "
                 f"{expected[name].shape}"
             )
-        elif num_bad := tensor.size - int(np.isfinite(tensor.astype(np.float32)).sum()):
+        elif num_bad := tensor.size - _num_finite(tensor):
             problems.append(f"tensor {name} has {num_bad} values that are not finite")
     return problems
+
+
+def _num_finite(tensor: Any) -> int:
+    """Counted where the tensor is."""
+    if isinstance(tensor, jax.Array):
+        return int(jnp.sum(jnp.isfinite(tensor)))
+    return int(np.isfinite(tensor.astype(np.float32)).sum())
 
 
 def _read_tokenizer(
@@ -317,188 +416,3 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = value
     return tree
-
-
-# -- training checkpoints -------------------------------------------------------------------------
-#
-# <folder>/<step, 8 digits>/                 written by orbax
-# <folder>/<step, 8 digits>.manifest.json    size and SHA-256 of every file, written last
-#
-# A step without a manifest was interrupted while it was written and does not count. A step with a
-# manifest that does not match is damaged: it is refused by name, never passed over in silence,
-# because going back to an older state is for a person to decide.
-
-
-def save_checkpoint(
-    folder: str | os.PathLike,
-    step: int,
-    state: Any,
-    *,
-    extra: Mapping[str, Any] | None = None,
-    keep: int = 2,
-) -> None:
-    """Saves a pytree of arrays as the checkpoint of a step, then deletes all but the last `keep`.
-
-    Killed at any moment, it leaves the earlier checkpoints whole and this one whole or not there.
-
-    Args:
-      folder: of the checkpoints of one run.
-      step: number of finished steps.
-      state: any pytree of arrays.
-      extra: JSON values kept with it.
-      keep: how many checkpoints stay, at least 1.
-    """
-    if keep < 1:
-        raise ValueError(f"keep={keep} must be at least 1")
-    folder = pathlib.Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{step:08d}"
-    _manifest_path(target).unlink(missing_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(target, state)
-    manifest = {"step": step, "extra": dict(extra or {}), "files": _describe_files(target)}
-    temporary = hidden_sibling(_manifest_path(target), "writing")
-    write_bytes(temporary, json_bytes(manifest))
-    os.replace(temporary, _manifest_path(target))
-    sync_folder(folder)
-    _delete_old(folder, keep)
-
-
-def latest_checkpoint(folder: str | os.PathLike) -> int | None:
-    """The step of the newest finished checkpoint, or None. Looks at names only."""
-    steps = _finished_steps(pathlib.Path(folder))
-    return steps[-1] if steps else None
-
-
-def restore_checkpoint(
-    folder: str | os.PathLike, step: int, like: Any
-) -> tuple[Any, dict[str, Any]]:
-    """Reads a checkpoint back: the state bit for bit, and the `extra` saved with it.
-
-    The arrays are on the default device and not committed to it, like freshly made ones.
-
-    Args:
-      folder: of the checkpoints of one run.
-      step: see `latest_checkpoint`.
-      like: the state's tree with shapes and dtypes (`jax.eval_shape` of what makes it).
-
-    Raises:
-      ValueError: a file is missing, has another size or another checksum, or the state is of
-        another shape; names the folder.
-    """
-    target = pathlib.Path(folder).absolute() / f"{step:08d}"
-    manifest = _read_manifest(target)
-    found, recorded = _describe_files(target), manifest["files"]
-    if found != recorded:
-        names = sorted(name for name in found | recorded if found.get(name) != recorded.get(name))
-        raise ValueError(
-            f"checkpoint {str(target)!r} is damaged: {', '.join(names)} "
-            f"{'is' if len(names) == 1 else 'are'} missing or not what was written; delete it to "
-            "go back to the one before"
-        )
-    # By way of numpy: arrays that orbax places itself are committed to a device, for which jit
-    # compiles a second program, and a continued run should be the same program to the last bit.
-    wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(target, wanted)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"checkpoint {str(target)!r} does not fit this run: {error}") from error
-    shapes = zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
-    if not all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in shapes):
-        raise ValueError(f"checkpoint {str(target)!r} does not fit this run: shapes differ")
-    return jax.tree.map(jnp.array, state), manifest["extra"]
-
-
-def _read_manifest(target: pathlib.Path) -> dict[str, Any]:
-    path = _manifest_path(target)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {str(target)!r} has no readable manifest: {error}") from error
-    fields = {"step": int, "extra": dict, "files": dict}
-    if not isinstance(manifest, dict) or not all(
-        isinstance(manifest.get(name), kind) for name, kind in fields.items()
-    ):
-        raise ValueError(f"checkpoint {str(target)!r} has a damaged manifest {path.name}")
-    return manifest
-
-
-def _finished_steps(folder: pathlib.Path) -> list[int]:
-    names = [path.name.removesuffix(".manifest.json") for path in folder.glob("*.manifest.json")]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def _delete_old(folder: pathlib.Path, keep: int) -> None:
-    """Deletes the older checkpoints and what interrupted saves have left; no other file."""
-    steps = _finished_steps(folder)[-keep:]
-    kept = {name for step in steps for name in (f"{step:08d}", f"{step:08d}.manifest.json")}
-    unwanted = [
-        path
-        for path in folder.iterdir()
-        if path.name not in kept and re.fullmatch(r"\.?\d{8,}(\..*)?", path.name)
-    ]
-    # Manifests first: a step folder without one does not count, one with half its files would.
-    for path in sorted(unwanted, key=lambda path: path.is_dir()):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _manifest_path(target: pathlib.Path) -> pathlib.Path:
-    return target.with_name(target.name + ".manifest.json")
-
-
-def _describe_files(folder: pathlib.Path) -> dict[str, list[Any]]:
-    """Size and SHA-256 of every file below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): [
-            path.stat().st_size,
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-        ]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-# -- files ----------------------------------------------------------------------------------------
-
-
-def json_bytes(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode("utf-8")
-
-
-def hidden_sibling(path: pathlib.Path, purpose: str) -> pathlib.Path:
-    """Always the same name, so that what a killed process left is found and not piled up."""
-    return path.with_name(f".{path.name}.{purpose}")
-
-
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: pathlib.Path) -> None:
-    """Makes renames within a folder last; a no-op where folders cannot be opened (Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_folder(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames `source` to `folder`. One that is there is moved aside first, then deleted."""
-    old = hidden_sibling(folder, "old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(source, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Published checkpoints: a local Hugging Face folder to our parameters, and back.
 
-What a folder says is checked before and while it is read: names stay inside the folder, nothing is
-unpickled, and everything wrong with the tensors is reported at once. Tensors are read one by one
-into their place in the final arrays, so that memory holds the parameters and little more.
+Everything wrong with the tensors is reported at once. They are read one by one into their place in
+the final arrays, so that memory holds the parameters and little more; `hf_files.py` says where in
+which file each lies.
 """
 
 import json
@@ -19,11 +19,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from . import checkpoint, corpus, families, hf_tokenizer
+from . import atomic, checkpoint, corpus, families, hf_files, hf_names, hf_tokenizer, sharding
 from .configs import Config
+from .hf_files import INDEX_FILE
 from .transformer import abstract_params
 
-INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 
 
@@ -41,6 +41,8 @@ def load_hf(
     folder: str | os.PathLike,
     dtype: Any = jnp.float32,
     *,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules = sharding.TENSOR,
     place: Callable[[str, np.ndarray], jax.Array] | None = None,
     ignore: Collection[str] = (),
 ) -> HFModel:
@@ -48,14 +50,17 @@ def load_hf(
 
     Families, by `model_type`: llama (1, 2, 3, 3.1, 3.2), mistral, qwen2 (1.5, 2, 2.5), qwen3,
     gemma2, gemma3_text, gpt_neox (Pythia), gpt2, opt. Nothing is downloaded and nothing unpickled.
-    Peak memory is that of the parameters and at most 1.2 times the largest array more.
+    Peak memory is that of the parameters on this host and at most 1.2 times the largest array more.
 
     Args:
       folder: with config.json, and model.safetensors or shards and model.safetensors.index.json;
         where they are, tokenizer.json and generation_config.json are read too.
       dtype: type of the parameters; None keeps the stored type.
-      place: puts one finished array, given its dotted name, where it belongs: on a device, or
-        sharded over several. Default: `jax.device_put`, which on a CPU copies nothing.
+      mesh: devices to divide the parameters among; each array goes there as soon as it is read.
+        In a program of several processes all of them call this with a mesh of all devices.
+      rules: from logical axis to mesh axis; see `jaxsd.models.sharding`.
+      place: instead of a mesh: puts one finished array, given its dotted name, where it belongs.
+        Default: `jax.device_put`, which on a CPU copies nothing.
       ignore: fields of config.json to pass over, where an unknown one is known to be harmless.
 
     Returns:
@@ -64,7 +69,8 @@ def load_hf(
 
     Raises:
       ValueError: names the folder and every problem: of the files, or of the config's fields, or
-        every tensor that is missing, unexpected, of another shape or not finite.
+        every tensor that is missing, unexpected, of another shape or not finite. Also where both
+        `mesh` and `place` are given, or the rules do not fit the mesh.
 
     >>> import pathlib, tempfile, jax
     >>> from jaxsd import models
@@ -74,9 +80,16 @@ def load_hf(
     >>> models.export_hf(folder, config, params)
     >>> models.load_hf(folder).config == config
     True
+    >>> mesh = models.sharding.make_mesh(data=1, model=1)
+    >>> tuple(models.load_hf(folder, mesh=mesh).params["embedding"].sharding.spec)
+    ('model',)
     """
+    if mesh is not None:
+        if place is not None:
+            raise ValueError(f"mesh={mesh} and place={place} both say where arrays go; give one")
+        place = sharding.placer(mesh, rules)
     folder = pathlib.Path(folder)
-    files = _Files(folder)
+    files = hf_files.Folder(folder)
     content = files.read_json(checkpoint.CONFIG_FILE)
     generation = files.read_json(GENERATION_FILE, required=False)
     names, listed = files.weight_files()
@@ -89,7 +102,7 @@ def load_hf(
         ) from error
 
     family = families.FAMILIES[content["model_type"]]
-    tensors = _Tensors({name: files.path(name) for name in names})
+    tensors = hf_files.Tensors({name: files.path(name) for name in names})
     files.problems += tensors.problems
     files.raise_problems()
     wanted = _match(family, config, tensors, listed)
@@ -157,7 +170,7 @@ def export_hf(
     if eos:
         content["eos_token_id"] = eos[0] if len(eos) == 1 else eos
 
-    temporary = checkpoint.hidden_sibling(folder, "writing")
+    temporary = atomic.hidden_sibling(folder, "writing")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed here
     temporary.mkdir(parents=True)
     wanted = families.pieces(families.FAMILIES[content["model_type"]], config)
@@ -165,214 +178,24 @@ def export_hf(
     if tokenizer is not None:
         tokenizer.save(temporary)
     if eos:
-        generation = checkpoint.json_bytes({"eos_token_id": content["eos_token_id"]})
-        checkpoint.write_bytes(temporary / GENERATION_FILE, generation)
-    checkpoint.write_bytes(temporary / checkpoint.CONFIG_FILE, checkpoint.json_bytes(content))
-    checkpoint.sync_folder(temporary)
-    checkpoint.replace_folder(temporary, folder)
+        generation = atomic.json_bytes({"eos_token_id": content["eos_token_id"]})
+        atomic.write_bytes(temporary / GENERATION_FILE, generation)
+    atomic.write_bytes(temporary / checkpoint.CONFIG_FILE, atomic.json_bytes(content))
+    atomic.sync_folder(temporary)
+    atomic.replace_folder(temporary, folder)
 
 
 _REWRITTEN = ("rope_parameters", "dtype")
 
 
-# -- files ----------------------------------------------------------------------------------------
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.bin.index.json")
-_HOW_TO_CONVERT = (
-    "a pickle runs code when it is read and is never loaded here; where you trust it, convert it: "
-    "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) "
-    "writes safetensors"
-)
-
-
-_PATHS = (pathlib.PurePosixPath, pathlib.PureWindowsPath)
-
-
-class _Files:
-    """The files of one folder, and what is wrong with them. None outside it is touched."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        self.problems: list[str] = []
-        if not folder.is_dir():
-            self.problems.append("it does not exist or is not a folder")
-            self.raise_problems()
-
-    def raise_problems(self) -> None:
-        if self.problems:
-            raise ValueError(
-                f"cannot load checkpoint {str(self.folder)!r}: {'; '.join(self.problems)}"
-            )
-
-    def path(self, name: str) -> pathlib.Path:
-        return self.folder / name
-
-    def is_inside(self, name: str) -> bool:
-        """Whether a file lies in the folder itself, links followed; a problem if not."""
-        if self.path(name).resolve().parent == self.folder.resolve():
-            return True
-        self.problems.append(
-            f"{name} is a link out of the folder; copy what it leads to (cp -rL) and load the copy"
-        )
-        return False
-
-    def read_text(self, name: str) -> str | None:
-        if not self.is_inside(name):
-            return None
-        try:
-            return self.path(name).read_text(encoding="utf-8")
-        except OSError as error:
-            self.problems.append(f"cannot read {name} ({error.strerror})")
-        except ValueError as error:
-            self.problems.append(f"{name} is not UTF-8 ({error})")
-        return None
-
-    def read_json(self, name: str, required: bool = True) -> dict[str, Any]:
-        """The object in a JSON file; an empty one, and a problem, if there is none."""
-        if not required and not self.path(name).is_symlink() and not self.path(name).exists():
-            return {}
-        text = self.read_text(name)
-        if text is None:
-            return {}
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            self.problems.append(f"{name} is not JSON ({error})")
-            return {}
-        if not isinstance(content, dict):
-            self.problems.append(f"{name} is not a JSON object")
-            return {}
-        return content
-
-    def weight_files(self) -> tuple[list[str], dict[str, str] | None]:
-        """Names of the safetensors files, and which tensor the index says is in which."""
-        if self.path(checkpoint.WEIGHTS_FILE).exists():
-            one = checkpoint.WEIGHTS_FILE
-            return ([one] if self.is_inside(one) else []), None
-        if not self.path(INDEX_FILE).exists():
-            found = sorted(path.name for pattern in _PICKLES for path in self.folder.glob(pattern))
-            self.problems.append(
-                f"{checkpoint.WEIGHTS_FILE} and {INDEX_FILE} are missing"
-                + (f", and {', '.join(found)}: {_HOW_TO_CONVERT}" if found else "")
-            )
-            return [], None
-        listed = self.read_json(INDEX_FILE).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            self.problems.append(f"{INDEX_FILE} has no object weight_map")
-            return [], None
-        names = sorted({str(name) for name in listed.values()})
-        return [name for name in names if self._is_weight_file(name)], listed
-
-    def _is_weight_file(self, name: str) -> bool:
-        is_plain = all(path(name).name == name for path in _PATHS) and name != ".."
-        if not is_plain:
-            self.problems.append(f"{INDEX_FILE} names {name!r}, which is no file of the folder")
-            return False
-        if not name.endswith(".safetensors"):
-            self.problems.append(
-                f"{INDEX_FILE} names {name!r}, which is no safetensors file: {_HOW_TO_CONVERT}"
-            )
-            return False
-        if not self.path(name).is_symlink() and not self.path(name).is_file():
-            self.problems.append(f"{name} is missing, which {INDEX_FILE} names")
-            return False
-        return self.is_inside(name)
-
-
-# -- tensors --------------------------------------------------------------------------------------
-
-
-class _Entry(NamedTuple):
-    path: pathlib.Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int  # in the file, in bytes
-
-
-class _Tensors:
-    """Where each tensor lies, and what is wrong with the tensors. Reads one at a time.
-
-    Every tensor that is not read into its place is read into one and the same buffer: freed and
-    allocated anew, the buffers of a few tensors would stay in memory side by side.
-    """
-
-    def __init__(self, paths: Mapping[str, pathlib.Path]):
-        self.entries: dict[str, _Entry] = {}
-        self.files: dict[str, str] = {}
-        self.problems: list[str] = []
-        self._buffer = np.empty(0, np.uint8)
-        for name, path in paths.items():
-            try:
-                entries = _read_header(path)
-            except ValueError as error:
-                self.problems.append(f"{name}: {error}")
-                continue
-            for tensor, entry in entries.items():
-                if tensor in self.entries:
-                    self.problems.append(f"tensor {tensor} is in {self.files[tensor]} and {name}")
-                self.entries[tensor], self.files[tensor] = entry, name
-
-    def dtype(self, name: str) -> np.dtype:
-        return checkpoint.DTYPES[self.entries[name].dtype]
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored type; it holds until the next is read."""
-        entry, dtype = self.entries[name], self.dtype(name)
-        size = math.prod(entry.shape) * dtype.itemsize
-        if len(self._buffer) < size:
-            self._buffer = np.empty(size, np.uint8)
-        data = self._buffer[:size]
-        self._read_bytes(entry, data)
-        return data.view(dtype).reshape(entry.shape)
-
-    def read_into(self, name: str, view: np.ndarray, is_transposed: bool) -> None:
-        """One tensor into its place in a final array."""
-        if view.flags.c_contiguous and view.dtype == self.dtype(name) and not is_transposed:
-            self._read_bytes(self.entries[name], view.reshape(-1).view(np.uint8))
-            return
-        tensor = self.read(name)
-        with np.errstate(over="ignore"):  # an overflow in the cast is found as not finite
-            view[...] = (tensor.T if is_transposed else tensor).reshape(view.shape)
-
-    def _read_bytes(self, entry: _Entry, data: np.ndarray) -> None:
-        with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            rest = data.data
-            while len(rest):
-                count = file.readinto(rest)  # at most 2 GB a call
-                if not count:
-                    raise ValueError(f"{str(entry.path)!r} became shorter while it was read")
-                rest = rest[count:]
-
-
-def _read_header(path: pathlib.Path) -> dict[str, _Entry]:
-    """What a safetensors file holds, no tensor being read."""
-    try:
-        # The library checks that the header fits the file, and that tensors lie side by side.
-        with safetensors.safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            start = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start))
-    except safetensors.SafetensorError as error:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic[:2] == b"PK" or magic[:1] == b"\x80":
-            raise ValueError(f"is no safetensors file: {_HOW_TO_CONVERT}") from error
-        raise ValueError(f"is truncated or corrupt ({error})") from error
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error})") from error
-    header.pop("__metadata__", None)
-    return {
-        name: _Entry(
-            path, entry["dtype"], tuple(entry["shape"]), 8 + start + entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-    }
+# -- tensors ---------------------------------------------------------------------------------------
 
 
 def _match(
-    family: families.Family, config: Config, tensors: _Tensors, listed: Mapping[str, str] | None
+    family: families.Family,
+    config: Config,
+    tensors: hf_files.Tensors,
+    listed: Mapping[str, str] | None,
 ) -> list[families.Piece]:
     """The pieces whose tensors are there and fit. All that is wrong goes to the problems."""
     found, problems = tensors.entries, tensors.problems
@@ -394,7 +217,7 @@ def _match(
     if not has_prefix:
         wanted = [piece._replace(name=piece.name.removeprefix(family.prefix)) for piece in wanted]
     names = {piece.name for piece in wanted}
-    allowed = names | {families.HEAD_NAME} if config.tie_embeddings else names
+    allowed = names | {hf_names.HEAD_NAME} if config.tie_embeddings else names
     if missing := sorted(names - found.keys()):
         problems.append(f"missing tensors {', '.join(missing)}")
     unexpected = [
@@ -424,7 +247,7 @@ def _match(
 def _read_leaves(
     config: Config,
     wanted: list[families.Piece],
-    tensors: _Tensors,
+    tensors: hf_files.Tensors,
     dtype: Any,
     place: Callable[[str, np.ndarray], jax.Array],
 ) -> dict[str, Any]:
@@ -447,7 +270,7 @@ def _read_leaves(
 
 
 def _read_leaf(
-    wanted: list[families.Piece], shape: tuple[int, ...], tensors: _Tensors, dtype: Any
+    wanted: list[families.Piece], shape: tuple[int, ...], tensors: hf_files.Tensors, dtype: Any
 ) -> np.ndarray:
     if dtype is None:
         stored = {tensors.dtype(piece.name) for piece in wanted}
@@ -479,20 +302,20 @@ def _place_by_default(name: str, array: np.ndarray) -> jax.Array:
     return jax.device_put(array)
 
 
-def _check_tied_head(tensors: _Tensors, embedding: np.ndarray) -> None:
+def _check_tied_head(tensors: hf_files.Tensors, embedding: np.ndarray) -> None:
     """A head that is stored beside the embedding it is tied to must be the same."""
-    entry = tensors.entries.get(families.HEAD_NAME)
+    entry = tensors.entries.get(hf_names.HEAD_NAME)
     if entry is None:
         return
     if entry.dtype not in checkpoint.DTYPES or entry.shape != embedding.shape:
         same = False
     else:
-        head = tensors.read(families.HEAD_NAME)
+        head = tensors.read(hf_names.HEAD_NAME)
         rows = zip(head, embedding, strict=True)
         same = all(np.array_equal(ours.astype(theirs.dtype), theirs) for ours, theirs in rows)
     if not same:
         tensors.problems.append(
-            f"tensor {families.HEAD_NAME} is not the embedding, to which the config ties it"
+            f"tensor {hf_names.HEAD_NAME} is not the embedding, to which the config ties it"
         )
 
 
@@ -525,10 +348,10 @@ def _write_tensors(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {piece.name: _take_piece(piece, leaves[piece.leaf]) for piece in shard}
         weight_map |= dict.fromkeys(tensors, name)
-        checkpoint.write_bytes(folder / name, safetensors.numpy.save(tensors, {"format": "pt"}))
+        atomic.write_bytes(folder / name, safetensors.numpy.save(tensors, {"format": "pt"}))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        checkpoint.write_bytes(folder / INDEX_FILE, checkpoint.json_bytes(index))
+        atomic.write_bytes(folder / INDEX_FILE, atomic.json_bytes(index))
 
 
 def _take_piece(piece: families.Piece, leaf: Any) -> np.ndarray:
@@ -571,7 +394,7 @@ def _eos_ids(
 
 
 def _read_tokenizer(
-    files: _Files, eos_ids: tuple[int, ...], config: Config
+    files: hf_files.Folder, eos_ids: tuple[int, ...], config: Config
 ) -> tuple[hf_tokenizer.HFTokenizer | None, str | None]:
     """The tokenizer, or None and why."""
     name = corpus.TOKENIZER_FILE

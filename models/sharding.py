@@ -4,6 +4,11 @@ Weights and caches have *logical* axes: `vocab`, `embed`, `kv_heads`, `heads`, `
 say which mesh axis each lies along, if any; XLA does the rest, and puts in the collectives. The
 program is the same on one device and on many, and so is its output, up to the order of sums.
 
+Several processes, on one host or on many, are one program too: each calls
+`jax.distributed.initialize` first, then does the same things in the same order. Weights go through
+`place`; prompts, lengths, keys, settings and policies are given as ever, the same in every process;
+`fetch` brings results to all of them.
+
 >>> import jax
 >>> from jaxsd import models
 >>> from jaxsd.models import sharding
@@ -23,12 +28,13 @@ References:
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .configs import Config
@@ -105,20 +111,17 @@ def shardings(config: Config, mesh: Mesh, rules: Rules = TENSOR) -> dict[str, An
     Raises:
       ValueError: if a rule names an unknown logical axis or an axis that the mesh does not have.
     """
-    _check(mesh, rules)
-    return jax.tree.map_with_path(
-        lambda path, leaf: _sharding(_axes(path, leaf.ndim), leaf.shape, mesh, rules),
-        abstract_params(config),
-    )
+    return shardings_of(abstract_params(config), mesh, rules)
 
 
-def place(params: Mapping[str, Any], mesh: Mesh, rules: Rules = TENSOR) -> Any:
-    """The parameters on the mesh, each device holding its part.
+def shardings_of(tree: Any, mesh: Mesh, rules: Rules = TENSOR) -> Any:
+    """Where every array of a tree lies, by the last names on its path, as parameters do.
 
-    Works in a program of several processes too, if each has all of `params` as NumPy arrays.
+    An optimiser's moments lie with their parameters, for they end in the same names; counts are
+    whole on every device.
 
     Args:
-      params: nested dict of arrays, as `init_params` or `load_model` makes it.
+      tree: of arrays or of their shapes (`jax.eval_shape` of what makes it).
       mesh: devices with named axes.
       rules: from logical axis to mesh axis.
 
@@ -126,15 +129,88 @@ def place(params: Mapping[str, Any], mesh: Mesh, rules: Rules = TENSOR) -> Any:
       ValueError: as of `shardings`.
     """
     _check(mesh, rules)
+    return jax.tree.map_with_path(
+        lambda path, leaf: _sharding(_axes(path, np.ndim(leaf)), np.shape(leaf), mesh, rules), tree
+    )
 
-    def put(path: Any, leaf: Any) -> Array:
-        where = _sharding(_axes(path, np.ndim(leaf)), np.shape(leaf), mesh, rules)
-        if where.is_fully_addressable:
-            return jax.device_put(leaf, where)
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, where, host.__getitem__)
 
-    return jax.tree.map_with_path(put, params)
+def shapes_on_mesh(tree: Any, mesh: Mesh, rules: Rules = TENSOR) -> Any:
+    """Shapes, types and places of a tree's arrays: `shardings_of`, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings_of(tree, mesh, rules),
+    )
+
+
+def place(params: Any, mesh: Mesh, rules: Rules = TENSOR) -> Any:
+    """The parameters on the mesh, each device holding its part.
+
+    In a program of several processes each must have all of `params`, as NumPy arrays or on devices
+    of its own. `load_hf`, `load_model` and `restore_checkpoint` place while they read.
+
+    Args:
+      params: nested dict of arrays, as `init_params` or `load_model` makes it, or a tree that
+        holds some, such as a training state.
+      mesh: devices with named axes.
+      rules: from logical axis to mesh axis.
+
+    Raises:
+      ValueError: as of `shardings`.
+    """
+    return jax.tree.map(put, params, shardings_of(params, mesh, rules))
+
+
+def placer(mesh: Mesh, rules: Rules = TENSOR) -> Callable[[str, Any], Array]:
+    """As `place`, one array at a time: a function of its dotted name and the array.
+
+    Args:
+      mesh: devices with named axes.
+      rules: from logical axis to mesh axis.
+
+    Raises:
+      ValueError: as of `shardings`.
+
+    >>> put_one = placer(make_mesh(data=1, model=1))
+    >>> tuple(put_one("layers.0.mlp.up", np.zeros((4, 2), np.float32)).sharding.spec)
+    ('model',)
+    """
+    _check(mesh, rules)
+
+    def put_one(name: str, array: Any) -> Array:
+        axes = _axes(name.split("."), np.ndim(array))
+        return put(array, _sharding(axes, np.shape(array), mesh, rules))
+
+    return put_one
+
+
+def put(array: Any, where: jax.sharding.Sharding) -> Array:
+    """An array where it belongs, though it be on devices of other processes."""
+    if where.is_fully_addressable:
+        return jax.device_put(array, where)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, host.__getitem__)
+
+
+def fetch(tree: Any) -> Any:
+    """Whole values as NumPy arrays, in every process: of a `Generation` on a mesh of several.
+
+    Called by all processes together, for the parts go to each of them.
+
+    Args:
+      tree: of arrays; random keys go through `jax.random.key_data` first.
+
+    >>> import jax.numpy as jnp
+    >>> fetch({"a": jnp.arange(3)})
+    {'a': array([0, 1, 2], dtype=int32)}
+    """
+
+    def whole(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 class ModelOnMesh(NamedTuple):

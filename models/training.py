@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from . import checkpoint, corpus, transformer
+from . import checkpoint, corpus, states, transformer
 from .configs import Config
 
 RUN_FILE = "run.json"
@@ -457,9 +457,7 @@ def train(
                         f"parameters are not finite after step {step} of {str(folder)!r}"
                     )
                 status = status._replace(seconds=clock.seconds())
-                checkpoint.save_checkpoint(
-                    folder / CHECKPOINTS, step, state, extra=status._asdict()
-                )
+                states.save_checkpoint(folder / CHECKPOINTS, step, state, extra=status._asdict())
                 if on_checkpoint is not None:
                     on_checkpoint(state, status.summary(step, tokens_per_step))
     return TrainResult(
@@ -576,11 +574,11 @@ def _restore_or_init(
     train_config: TrainConfig,
     initial_params: Mapping[str, Any] | None,
 ) -> tuple[TrainState, _Status]:
-    step = checkpoint.latest_checkpoint(folder / CHECKPOINTS)
+    step = states.latest_checkpoint(folder / CHECKPOINTS)
     if step is None:
         return init_state(config, train_config, initial_params), _Status()
     like = jax.eval_shape(lambda: init_state(config, train_config))
-    state, extra = checkpoint.restore_checkpoint(folder / CHECKPOINTS, step, like)
+    state, extra = states.restore_checkpoint(folder / CHECKPOINTS, step, like)
     return state, _Status(**extra)
 
 

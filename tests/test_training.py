@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from jaxsd.cli import train as command
-from jaxsd.models import Config, checkpoint, corpus, forward, training
+from jaxsd.models import Config, checkpoint, corpus, forward, states, training
 
 CONFIG = Config(
     vocab_size=257, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32
@@ -239,7 +239,7 @@ def test_a_run_logs_every_step_it_should(whole_run):
     assert lines[-1]["tokens"] == result.num_tokens == STEPS * 4 * 16
     assert int(result.state.step) == STEPS
     assert result.seconds > 0
-    assert checkpoint.latest_checkpoint(folder / training.CHECKPOINTS) == STEPS
+    assert states.latest_checkpoint(folder / training.CHECKPOINTS) == STEPS
 
 
 @pytest.mark.parametrize("moment", ["step", "log", "save", "manifest", "after"])
@@ -249,9 +249,9 @@ def test_a_killed_run_ends_in_the_same_bits(whole_run, data, tmp_path, monkeypat
     where = {
         "step": (corpus.Batches, "__call__"),
         "log": (training._Log, "write"),
-        "save": (checkpoint.ocp.StandardCheckpointer, "save"),
-        "manifest": (checkpoint, "_describe_files"),
-        "after": (checkpoint, "_delete_old"),
+        "save": (states.ocp.StandardCheckpointer, "save"),
+        "manifest": (states.atomic, "describe"),
+        "after": (states, "_delete_old"),
     }[moment]
     original, calls = getattr(*where), 0
 
@@ -357,7 +357,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "init_state", lambda *args: spoilt)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1 of .*learning_rate="):
         run(tmp_path, data)
-    assert checkpoint.latest_checkpoint(tmp_path / training.CHECKPOINTS) is None
+    assert states.latest_checkpoint(tmp_path / training.CHECKPOINTS) is None
 
 
 def test_parameters_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
@@ -373,7 +373,7 @@ def test_parameters_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatc
     monkeypatch.setattr(training, "make_step", lambda *args: spoil)
     with pytest.raises(FloatingPointError, match="parameters are not finite after step 4"):
         run(tmp_path, data)
-    assert checkpoint.latest_checkpoint(tmp_path / training.CHECKPOINTS) is None
+    assert states.latest_checkpoint(tmp_path / training.CHECKPOINTS) is None
 
 
 # -- it learns, from the command line
