@@ -244,6 +244,8 @@ def _check_names(cls: Any, what: str, fields: Mapping[str, Any]) -> None:
         raise ValueError(f"{what} has unknown fields {unknown} and lacks fields {missing}")
 
 
+_LLAMA3_SCALING = RopeScaling("llama3", 8.0)
+
 CONFIGS: dict[str, Config] = {
     # Seconds to train: tests, and a first look.
     "tiny": Config(
@@ -262,6 +264,30 @@ CONFIGS: dict[str, Config] = {
     ),
     "120m": Config(
         vocab_size=8192, d_model=768, n_layers=16, n_heads=12, n_kv_heads=12, head_dim=64, d_ff=2048
+    ),
+    # Published shapes: a program can be compiled, and its memory known, without their weights.
+    "llama-3.2-1b": Config(
+        vocab_size=128256,
+        d_model=2048,
+        n_layers=16,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=64,
+        d_ff=8192,
+        rope_theta=500_000.0,
+        rope_scaling=dataclasses.replace(_LLAMA3_SCALING, factor=32.0),
+    ),
+    "llama-3.1-8b": Config(
+        vocab_size=128256,
+        d_model=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        d_ff=14336,
+        rope_theta=500_000.0,
+        tie_embeddings=False,
+        rope_scaling=_LLAMA3_SCALING,
     ),
 }
 """Named shapes. `dataclasses.replace(CONFIGS["tiny"], vocab_size=...)` makes a variant."""

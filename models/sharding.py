@@ -114,6 +114,21 @@ def shardings(config: Config, mesh: Mesh, rules: Rules = TENSOR) -> dict[str, An
     return shardings_of(abstract_params(config), mesh, rules)
 
 
+def cache_shardings(cache: Any, mesh: Mesh, rules: Rules = TENSOR) -> Any:
+    """Where every buffer `[B, H_kv, S, D]` of a cache lies: a tree of `NamedSharding`.
+
+    Args:
+      cache: arrays or their shapes.
+      mesh: devices with named axes.
+      rules: from logical axis to mesh axis.
+
+    Raises:
+      ValueError: as of `shardings`.
+    """
+    _check(mesh, rules)
+    return jax.tree.map(lambda leaf: _sharding(_CACHE_AXES, leaf.shape, mesh, rules), cache)
+
+
 def shardings_of(tree: Any, mesh: Mesh, rules: Rules = TENSOR) -> Any:
     """Where every array of a tree lies, by the last names on its path, as parameters do.
 
@@ -232,7 +247,7 @@ class ModelOnMesh(NamedTuple):
     def apply(self, params: Any, tokens: Array, positions: Array, cache: Any) -> tuple[Array, Any]:
         """The model's, its cache divided as before."""
         logits, cache = self.model.apply(params, tokens, positions, cache)
-        return logits, self._divided(cache)
+        return self._by_rows(logits), self._divided(cache)
 
     def apply_tree(
         self, params: Any, tokens: Array, positions: Array, cache: Any, starts: Array, seen: Array
@@ -245,12 +260,24 @@ class ModelOnMesh(NamedTuple):
         """The model's, its cache divided as before."""
         return self._divided(self.model.keep(cache, starts, sources))
 
-    def _divided(self, cache: Any) -> Any:
-        def divide(leaf: Array) -> Array:
-            where = _sharding(_CACHE_AXES, leaf.shape, self.mesh, self.rules)
-            return jax.lax.with_sharding_constraint(leaf, where)
+    def _by_rows(self, logits: Array) -> Array:
+        """Every row's logits whole on one device, and the rows spread over all devices.
 
-        return jax.tree.map(divide, cache)
+        What comes next sorts and sums over the vocabulary, row by row. Left to itself XLA divides
+        that work anew for every operation of it: dozens of exchanges a round.
+        """
+        axes = [along for along in (self.rules.get("batch"), self.rules.get("vocab")) if along]
+        while axes and logits.shape[0] % math.prod(self.mesh.shape[along] for along in axes):
+            axes.pop()
+        rows = NamedSharding(self.mesh, PartitionSpec(tuple(axes) or None))
+        # First as the head's matrix lies: else XLA sends the matrix, and not the logits, around.
+        parts = _sharding(("batch", None, "vocab"), logits.shape, self.mesh, self.rules)
+        logits = jax.lax.with_sharding_constraint(logits, parts)
+        return jax.lax.with_sharding_constraint(logits, rows)
+
+    def _divided(self, cache: Any) -> Any:
+        where = cache_shardings(cache, self.mesh, self.rules)
+        return jax.tree.map(jax.lax.with_sharding_constraint, cache, where)
 
 
 def on_mesh(model: Any, mesh: Mesh, rules: Rules = TENSOR) -> ModelOnMesh:

@@ -153,11 +153,10 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         act, has_bias = _ACTIVATIONS[self.config.activation], self.config.mlp_bias
-        _, d_ff, d_model = self.gate_up.shape
-        both = _linear(x, self.gate_up[...].reshape(2 * d_ff, d_model))
+        both = _linear(x, self.gate_up[...])  # [B, T, 2, F]
         if has_bias:
-            both = both + _as_last_axis(self.gate_up_bias[...].reshape(-1), both)
-        out = _linear(act(both[..., :d_ff]) * both[..., d_ff:], self.down[...])
+            both = both + self.gate_up_bias[...][None, None]
+        out = _linear(act(both[:, :, 0]) * both[:, :, 1], self.down[...])
         return out + _as_last_axis(self.down_bias[...], out) if has_bias else out
 
 
@@ -544,19 +543,23 @@ def _scores(config: Config, queries: Array, keys: Array) -> Array:
 
 
 def _linear(x: Array, weight: Array) -> Array:
-    """x `[B, T, in]` times weight `[out, in]`, to `[B, T, out]`."""
+    """x `[B, T, in]` times weight `[..., in]`, to `[B, T, ...]`.
+
+    Two matrices `[2, out, in]` are not made one here: where `out` is divided among devices, rows
+    would have to change places, all weights in every pass.
+    """
     batch, length, width = x.shape
     rows = x.reshape(batch * length, width)
     if len(rows) <= _MAX_THIN_ROWS:
         out = lax.platform_dependent(rows, weight, cpu=_thin_product_on_cpu, default=_product)
     else:
         out = _product(rows, weight)
-    return out.reshape(batch, length, weight.shape[0])
+    return out.reshape(batch, length, *weight.shape[:-1])
 
 
 def _product(rows: Array, weight: Array) -> Array:
-    """rows `[M, in]` times weight `[out, in]`, both contracted on their last, contiguous axis."""
-    return lax.dot_general(rows, weight, (((1,), (1,)), ((), ())))
+    """rows `[M, in]` times weight `[..., in]`, contracted on their last, contiguous axis."""
+    return lax.dot_general(rows, weight, (((rows.ndim - 1,), (weight.ndim - 1,)), ((), ())))
 
 
 def _thin_product_on_cpu(rows: Array, weight: Array) -> Array:
@@ -585,12 +588,12 @@ def _thin_product_on_cpu(rows: Array, weight: Array) -> Array:
     if num_rows == 1 and weight.shape[0] % 2 == 0:
         # One row is a matrix-vector product, which XLA gives to one thread. As a batch of two
         # halves it reads the weights with two.
-        halves = weight.reshape(2, -1, weight.shape[1])
+        halves = weight.reshape(2, -1, weight.shape[-1])
         both = jnp.broadcast_to(rows[None], (2, *rows.shape))
         out = lax.dot_general(halves, both, (((2,), (2,)), ((0,), (0,))))  # [2, out / 2, 1]
-        return out.reshape(1, weight.shape[0])
+        return out.reshape(1, *weight.shape[:-1])
     # Without the barrier XLA swaps the operands back.
-    return lax.optimization_barrier(_product(weight, rows)).T
+    return jnp.moveaxis(lax.optimization_barrier(_product(weight, rows)), -1, 0)
 
 
 # What counts as few rows and as a large matrix in `_thin_product_on_cpu`.

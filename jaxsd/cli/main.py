@@ -34,6 +34,7 @@ COMMANDS = {
     "train": "Train a transformer on a folder of text.",
     "design": "Find the draft that makes a target fastest, before training it.",
     "estimate": "Predict the speed of a draft and a target that exist.",
+    "compile": "Compile the loop for a TPU or GPU that is not there: memory, collectives, copies.",
     "fit": "Fit the laws, or the times of passes, to your own measurements.",
     "reproduce": "Compute the tables and figures of three papers again and compare.",
     "info": "Show devices, versions and the models in the package.",
