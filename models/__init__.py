@@ -6,6 +6,7 @@ from .configs import CONFIGS, Config, RopeScaling
 from .convert import HFModel, export_hf, load_hf
 from .early_exit import EarlyExitLM, exit_early
 from .embedded import load_embedded
+from .quantise import QuantisedKernel, bytes_of, dequantise, quantise, quantised_self
 from .transformer import (
     TransformerLM,
     abstract_params,
@@ -21,11 +22,14 @@ __all__ = [
     "EarlyExitLM",
     "HFModel",
     "Pretrained",
+    "QuantisedKernel",
     "RopeScaling",
     "TransformerLM",
     "abstract_params",
+    "bytes_of",
     "check_pair",
     "corpus",
+    "dequantise",
     "exit_early",
     "export_hf",
     "forward",
@@ -35,6 +39,8 @@ __all__ = [
     "load_hf",
     "load_model",
     "num_parameters",
+    "quantise",
+    "quantised_self",
     "save_model",
     "training",
 ]

@@ -17,6 +17,14 @@ from jax import Array, lax
 from . import positions as places
 from .configs import Config
 from .positions import Masks
+from .quantise import (
+    QuantisedKernel,
+    as_matrix,
+    quantise_vectors,
+    quantised_product,
+    take_rows,
+    thin_quantised_product_on_cpu,
+)
 
 Params = Mapping[str, Any]
 
@@ -26,10 +34,14 @@ class LayerCache(NamedTuple):
 
     keys: `[B, H_kv, S, D]`, rotated.
     values: `[B, H_kv, S, D]`.
+    key_scales: `[B, H_kv, S, 1]` float32 if the keys are int8, else None.
+    value_scales: the same of the values.
     """
 
     keys: Array
     values: Array
+    key_scales: Array | None = None
+    value_scales: Array | None = None
 
 
 Cache = tuple[LayerCache, ...]
@@ -110,13 +122,14 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerCache]:
         """Attends over what the masks let through of the cache and of the block itself.
 
-        Returns the output and the block's own keys and values `[B, H_kv, T, D]`, not yet written.
+        Returns the output and the block's own keys and values `[B, H_kv, T, D]`, not yet written,
+        in the form that the cache has.
         """
         config = self.config
         batch, length, _ = x.shape
         heads, size = config.n_kv_heads, config.head_dim
         group = config.n_heads // heads
-        qkv = _linear(x, self.qkv[...].reshape(-1, config.d_model))
+        qkv = _linear(x, self.qkv)
         if config.qkv_bias:
             qkv = qkv + _as_last_axis(self.qkv_bias[...].reshape(-1), qkv)
         qkv = qkv.reshape(batch, length, heads, group + 2, size)
@@ -131,23 +144,29 @@ class Attention(nnx.Module):
         keys = qk[:, :, :, group].transpose(0, 2, 1, 3)  # [B, H_kv, T, D]
         values = qkv[:, :, :, group + 1].transpose(0, 2, 1, 3)
 
+        fresh = LayerCache(keys, values)
+        if cache is not None and cache.key_scales is not None:
+            # The block reads itself as later blocks will read it. What a token sees must not depend
+            # on how the text was cut into blocks: drafting would change the target's law.
+            fresh, keys, values = _as_in_int8_cache(keys, values)
+
         visible = _per_group(masks.block, group)
         scores = jnp.where(visible, _scores(config, queries, keys), _MASKED)
         if cache is not None and masks.cache is not None:
             # The cache is read as it was before this block; the block is written after the last
             # layer has read (see `_write`).
-            past = _scores(config, queries, cache.keys)
+            past = _scores(config, queries, cache.keys, cache.key_scales)
             past = jnp.where(_per_group(masks.cache, group), past, _MASKED)
             scores = jnp.concatenate([past, scores], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         mixed = weights[..., -length:] @ values
         if cache is not None:
-            mixed = mixed + weights[..., :-length] @ cache.values
+            mixed = mixed + _mixed(weights[..., :-length], cache.values, cache.value_scales)
         mixed = mixed.reshape(batch, heads, group, length, size).transpose(0, 3, 1, 2, 4)
-        out = _linear(mixed.reshape(batch, length, -1), self.out[...])
+        out = _linear(mixed.reshape(batch, length, -1), self.out)
         if config.output_bias:
             out = out + _as_last_axis(self.out_bias[...], out)
-        return out, LayerCache(keys, values)
+        return out, fresh
 
 
 class GatedMLP(nnx.Module):
@@ -164,11 +183,11 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         act, has_bias = _ACTIVATIONS[self.config.activation], self.config.mlp_bias
-        _, d_ff, d_model = self.gate_up.shape
-        both = _linear(x, self.gate_up[...].reshape(2 * d_ff, d_model))
+        d_ff = self.config.d_ff
+        both = _linear(x, self.gate_up)
         if has_bias:
             both = both + _as_last_axis(self.gate_up_bias[...].reshape(-1), both)
-        out = _linear(act(both[..., :d_ff]) * both[..., d_ff:], self.down[...])
+        out = _linear(act(both[..., :d_ff]) * both[..., d_ff:], self.down)
         return out + _as_last_axis(self.down_bias[...], out) if has_bias else out
 
 
@@ -186,10 +205,10 @@ class PlainMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         act, has_bias = _ACTIVATIONS[self.config.activation], self.config.mlp_bias
-        up = _linear(x, self.up[...])
+        up = _linear(x, self.up)
         if has_bias:
             up = up + _as_last_axis(self.up_bias[...], up)
-        out = _linear(act(up), self.down[...])
+        out = _linear(act(up), self.down)
         return out + _as_last_axis(self.down_bias[...], out) if has_bias else out
 
 
@@ -246,7 +265,7 @@ class Transformer(nnx.Module):
         The masks are those of each window that a layer has.
         """
         config = self.config
-        x = jnp.take(self.embedding[...], tokens, axis=0)
+        x = take_rows(self.embedding.get_value(), tokens)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.learned_positions is not None:
@@ -266,7 +285,7 @@ class Transformer(nnx.Module):
         x = self.final_norm(x)
         head = self.embedding if config.tie_embeddings else self.head
         with jax.named_scope("head"):
-            logits = _softcap(_linear(x, head[...]).astype(jnp.float32), config.logit_softcap)
+            logits = _softcap(_linear(x, head).astype(jnp.float32), config.logit_softcap)
         return logits, x, tuple(fresh)
 
 
@@ -321,7 +340,7 @@ class TransformerLM(NamedTuple):
     """A `Config` as a `jaxsd.LanguageModel`: two pure functions, no state.
 
     config: the shape.
-    cache_dtype: type of the cached keys and values.
+    cache_dtype: type of the cached keys and values; int8 is with a scale per token and head.
     """
 
     config: Config
@@ -336,10 +355,15 @@ class TransformerLM(NamedTuple):
         config = self.config
         _check_positions(config, max_len, "slots (a decoder asks for its max_len and K more)")
         shape = (batch_size, config.n_kv_heads, max_len, config.head_dim)
-        return tuple(
-            LayerCache(jnp.zeros(shape, self.cache_dtype), jnp.zeros(shape, self.cache_dtype))
-            for _ in range(config.n_layers)
-        )
+
+        def one() -> LayerCache:
+            keys, values = jnp.zeros(shape, self.cache_dtype), jnp.zeros(shape, self.cache_dtype)
+            if self.cache_dtype != jnp.int8:
+                return LayerCache(keys, values)
+            sizes = (*shape[:3], 1)
+            return LayerCache(keys, values, jnp.zeros(sizes), jnp.zeros(sizes))
+
+        return tuple(one() for _ in range(config.n_layers))
 
     def apply(
         self, params: Params, tokens: Array, positions: Array, cache: Cache
@@ -416,6 +440,16 @@ class TransformerLM(NamedTuple):
 def language_model(config: Config, cache_dtype: Any = jnp.float32) -> TransformerLM:
     """The decoding interface of a transformer of this shape.
 
+    Args:
+      config: the shape.
+      cache_dtype: type of the cached keys and values: a floating type, or int8. With int8 a token's
+        keys and values are rounded in every head to 127 steps of their largest, wherever they are
+        read: a model a little off the one with a float cache, decoded as exactly as that, except
+        that a value within rounding of the middle between two steps can fall to either side.
+
+    Raises:
+      ValueError: if it is another type.
+
     >>> import jax, jax.numpy as jnp
     >>> from jaxsd import models
     >>> config = models.CONFIGS["tiny"]
@@ -425,6 +459,9 @@ def language_model(config: Config, cache_dtype: Any = jnp.float32) -> Transforme
     >>> logits.shape
     (1, 3, 512)
     """
+    dtype = jnp.dtype(cache_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) and dtype != jnp.int8:
+        raise ValueError(f"cache_dtype={dtype.name} must be a floating type or int8")
     return TransformerLM(config, cache_dtype)
 
 
@@ -488,23 +525,51 @@ def _per_group(mask: Array, group: int) -> Array:
     return mask.reshape(batch, 1, group * length, slots)
 
 
-def _scores(config: Config, queries: Array, keys: Array) -> Array:
+def _scores(config: Config, queries: Array, keys: Array, key_scales: Array | None = None) -> Array:
     """Scaled dot products `[B, H_kv, G T, S]` in float32."""
+    if key_scales is not None:
+        keys = keys.astype(queries.dtype)
     scores = jnp.einsum("bhqd,bhsd->bhqs", queries, keys, preferred_element_type=jnp.float32)
+    if key_scales is not None:
+        scores = scores * jnp.swapaxes(key_scales, 2, 3)
     scale = config.attention_scale
     scores = scores * (queries.shape[-1] ** -0.5 if scale is None else scale)
     return _softcap(scores, config.attention_softcap)
 
 
-def _linear(x: Array, weight: Array) -> Array:
-    """x `[B, T, in]` times weight `[out, in]`, to `[B, T, out]`."""
+def _mixed(weights: Array, values: Array, value_scales: Array | None) -> Array:
+    """Sums of cached values `[B, H_kv, G T, D]` by attention weights `[B, H_kv, G T, S]`."""
+    if value_scales is not None:
+        dtype = weights.dtype
+        weights = (weights.astype(jnp.float32) * jnp.swapaxes(value_scales, 2, 3)).astype(dtype)
+        values = values.astype(dtype)
+    return weights @ values
+
+
+def _as_in_int8_cache(keys: Array, values: Array) -> tuple[LayerCache, Array, Array]:
+    """What an int8 cache holds of keys and values, and what is read of it."""
+    stored = [quantise_vectors(x) for x in (keys, values)]
+    read = [(x.astype(jnp.float32) * scales).astype(keys.dtype) for x, scales in stored]
+    (small_keys, key_scales), (small_values, value_scales) = stored
+    return LayerCache(small_keys, small_values, key_scales, value_scales), read[0], read[1]
+
+
+def _linear(x: Array, kernel: nnx.Param) -> Array:
+    """x `[B, T, in]` times a kernel `[..., in]` of either kind, to `[B, T, out]`.
+
+    The one place where a kernel is multiplied.
+    """
+    weight = as_matrix(kernel.get_value())
     batch, length, width = x.shape
     rows = x.reshape(batch * length, width)
+    thin, product = _thin_product_on_cpu, _product
+    if isinstance(weight, QuantisedKernel):
+        thin, product = thin_quantised_product_on_cpu, quantised_product
     if len(rows) <= _MAX_THIN_ROWS:
-        out = lax.platform_dependent(rows, weight, cpu=_thin_product_on_cpu, default=_product)
+        out = lax.platform_dependent(rows, weight, cpu=thin, default=product)
     else:
-        out = _product(rows, weight)
-    return out.reshape(batch, length, weight.shape[0])
+        out = product(rows, weight)
+    return out.reshape(batch, length, out.shape[1])
 
 
 def _product(rows: Array, weight: Array) -> Array:
