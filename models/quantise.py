@@ -18,7 +18,7 @@ donated, placed on a mesh and checkpointed.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -108,7 +108,7 @@ def quantise(
             if problem := _group_problem(leaf.shape[-1], bits, group_size):
                 problems.append(f"{_name(path)} of shape {leaf.shape} {problem}")
             elif not problems:
-                return _quantised(leaf, bits, group_size)
+                return _quantiser(bits, group_size)(leaf)
         return leaf
 
     tree = jax.tree.map_with_path(one, params, is_leaf=_is_quantised)
@@ -192,16 +192,21 @@ def quantised_self(
 
 
 def quantised_product(rows: Array, kernel: QuantisedKernel) -> Array:
-    """rows `[M, in]` times a kernel `[out, in]`, to `[M, out]`, as accelerators fuse it.
+    """rows `[M, in]` times a kernel `[out, in]`, to `[M, out]`.
 
     One scale per channel is applied to the product, and the integers go into it as they are: exact
     in bfloat16 too. Scales of groups have to be applied before the sum over groups.
     """
+    return lax.platform_dependent(rows, kernel, cpu=_product_on_cpu, default=_product)
+
+
+def _product(rows: Array, kernel: QuantisedKernel) -> Array:
+    """As accelerators fuse it: they read the small type, and widen it on its way to the product."""
     return _sum_of_products([(rows, _integers(kernel))], kernel.scales)
 
 
-def thin_quantised_product_on_cpu(rows: Array, kernel: QuantisedKernel) -> Array:
-    """The same product of few rows, a few output channels at a time.
+def _product_on_cpu(rows: Array, kernel: QuantisedKernel) -> Array:
+    """The same product, a few output channels at a time.
 
     XLA's CPU backend does not fuse the change of type into the product: it would write the whole
     matrix anew, in the type of the rows, and read it back. Of a few channels at a time that stays
@@ -289,6 +294,12 @@ def _scale(largest: Array, bits: int, dtype: Any) -> Array:
     return jnp.where(scale > 0, scale, jnp.ones_like(scale))
 
 
+@functools.lru_cache(maxsize=16)
+def _quantiser(bits: int, group_size: int | None) -> Callable[[Array], QuantisedKernel]:
+    """`_quantised`, compiled once per shape: no more than one kernel is in memory twice."""
+    return jax.jit(functools.partial(_quantised, bits=bits, group_size=group_size))
+
+
 def _quantised(weight: Array, bits: int, group_size: int | None) -> QuantisedKernel:
     size = group_size or weight.shape[-1]
     grouped = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, size)
@@ -299,7 +310,7 @@ def _quantised(weight: Array, bits: int, group_size: int | None) -> QuantisedKer
     values = values.reshape(weight.shape)
     if bits == 4:
         # Not jnp.int4: NumPy, files and transfers hold that in a byte each, and the CPU unpacks it
-        # slowly (see `thin_quantised_product_on_cpu`). On an accelerator these bytes are bit for
+        # slowly (see `_product_on_cpu`). On an accelerator these bytes are bit for
         # bit an array of jnp.int4.
         values = lax.bitcast_convert_type(values, jnp.uint8)
         values = (values[..., 0::2] & 15) | (values[..., 1::2] << 4)
@@ -331,9 +342,9 @@ def _scaled(integers: Array, scales: Array) -> Array:
 
 
 def _block_product(rows: Array, kernel: QuantisedKernel) -> Array:
-    """`quantised_product` in the form that is best for a matrix that fits into a CPU's cache."""
+    """The product in the form that is best for a matrix that fits into a CPU's cache."""
     if not _is_packed(kernel):
-        return quantised_product(rows, kernel)
+        return _product(rows, kernel)
     pair, four = lax.bitcast_convert_type(kernel.values, jnp.int8), jnp.int8(4)
     # Moved up and back down, the low one has its sign filled in.
     even = lax.shift_right_arithmetic(lax.shift_left(pair, four), four)

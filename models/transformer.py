@@ -23,7 +23,6 @@ from .quantise import (
     quantise_vectors,
     quantised_product,
     take_rows,
-    thin_quantised_product_on_cpu,
 )
 
 Params = Mapping[str, Any]
@@ -562,13 +561,12 @@ def _linear(x: Array, kernel: nnx.Param) -> Array:
     weight = as_matrix(kernel.get_value())
     batch, length, width = x.shape
     rows = x.reshape(batch * length, width)
-    thin, product = _thin_product_on_cpu, _product
     if isinstance(weight, QuantisedKernel):
-        thin, product = thin_quantised_product_on_cpu, quantised_product
-    if len(rows) <= _MAX_THIN_ROWS:
-        out = lax.platform_dependent(rows, weight, cpu=thin, default=product)
+        out = quantised_product(rows, weight)
+    elif len(rows) <= _MAX_THIN_ROWS:
+        out = lax.platform_dependent(rows, weight, cpu=_thin_product_on_cpu, default=_product)
     else:
-        out = product(rows, weight)
+        out = _product(rows, weight)
     return out.reshape(batch, length, out.shape[1])
 
 
