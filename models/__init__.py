@@ -6,6 +6,7 @@ from .configs import CONFIGS, Config, RopeScaling
 from .convert import HFModel, export_hf, load_hf
 from .early_exit import EarlyExitLM, exit_early
 from .embedded import load_embedded
+from .quantise import QuantisedKernel, bytes_of, dequantise, quantise, quantised_self
 from .states import (
     PendingCheckpoint,
     latest_checkpoint,
@@ -29,11 +30,14 @@ __all__ = [
     "HFModel",
     "PendingCheckpoint",
     "Pretrained",
+    "QuantisedKernel",
     "RopeScaling",
     "TransformerLM",
     "abstract_params",
+    "bytes_of",
     "check_pair",
     "corpus",
+    "dequantise",
     "exit_early",
     "export_hf",
     "forward",
@@ -44,6 +48,8 @@ __all__ = [
     "load_hf",
     "load_model",
     "num_parameters",
+    "quantise",
+    "quantised_self",
     "restore_checkpoint",
     "save_checkpoint",
     "save_model",

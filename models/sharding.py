@@ -313,8 +313,8 @@ def bytes_per_device(tree: Any) -> dict[int, int]:
 
 
 def _axes(path: Any, ndim: int) -> tuple[str | None, ...]:
-    """The logical axes of the parameter at a path."""
-    names = tuple(str(getattr(step, "key", step)) for step in path)
+    """The logical axes of the parameter at a path; a quantised kernel's are the kernel's."""
+    names = tuple(str(step.key) for step in path if hasattr(step, "key"))
     for ending, axes in _AXES.items():
         if names[-len(ending) :] == ending and len(axes) == ndim:
             return axes

@@ -17,6 +17,13 @@ from jax import Array, lax
 from . import positions as places
 from .configs import Config
 from .positions import Masks
+from .quantise import (
+    QuantisedKernel,
+    as_matrix,
+    quantise_vectors,
+    quantised_product,
+    take_rows,
+)
 
 Params = Mapping[str, Any]
 
@@ -26,10 +33,14 @@ class LayerCache(NamedTuple):
 
     keys: `[B, H_kv, S, D]`, rotated.
     values: `[B, H_kv, S, D]`.
+    key_scales: `[B, H_kv, S, 1]` float32 if the keys are int8, else None.
+    value_scales: the same of the values.
     """
 
     keys: Array
     values: Array
+    key_scales: Array | None = None
+    value_scales: Array | None = None
 
 
 Cache = tuple[LayerCache, ...]
@@ -110,16 +121,16 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerCache]:
         """Attends over what the masks let through of the cache and of the block itself.
 
-        Returns the output and the block's own keys and values `[B, H_kv, T, D]`, not yet written.
+        Returns the output and the block's own keys and values `[B, H_kv, T, D]`, not yet written,
+        in the form that the cache has.
         """
         config = self.config
         batch, length, _ = x.shape
         heads, size = config.n_kv_heads, config.head_dim
         group = config.n_heads // heads
-        qkv = _linear(x, self.qkv[...].reshape(-1, config.d_model))
+        qkv = _linear(x, self.qkv)
         if config.qkv_bias:
-            qkv = qkv + _as_last_axis(self.qkv_bias[...].reshape(-1), qkv)
-        qkv = qkv.reshape(batch, length, heads, group + 2, size)
+            qkv = qkv + self.qkv_bias[...][None, None]
         qk = qkv[:, :, :, : group + 1]
         if config.qk_norm:
             normed = [self.query_norm(qk[:, :, :, :group]), self.key_norm(qk[:, :, :, group:])]
@@ -131,12 +142,17 @@ class Attention(nnx.Module):
         keys = qk[:, :, :, group].transpose(0, 2, 1, 3)  # [B, H_kv, T, D]
         values = qkv[:, :, :, group + 1].transpose(0, 2, 1, 3)
 
-        mixed = _attend(config, queries, LayerCache(keys, values), masks, cache)
+        fresh = LayerCache(keys, values)
+        if cache is not None and cache.key_scales is not None:
+            # The block reads itself as later blocks will read it. What a token sees must not depend
+            # on how the text was cut into blocks: drafting would change the target's law.
+            fresh, keys, values = _as_in_int8_cache(keys, values)
+        mixed = _attend(config, queries, keys, values, masks, cache)
         mixed = mixed.reshape(batch, heads, group, length, size).transpose(0, 3, 1, 2, 4)
-        out = _linear(mixed.reshape(batch, length, -1), self.out[...])
+        out = _linear(mixed.reshape(batch, length, -1), self.out)
         if config.output_bias:
             out = out + _as_last_axis(self.out_bias[...], out)
-        return out, LayerCache(keys, values)
+        return out, fresh
 
 
 class GatedMLP(nnx.Module):
@@ -153,10 +169,10 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         act, has_bias = _ACTIVATIONS[self.config.activation], self.config.mlp_bias
-        both = _linear(x, self.gate_up[...])  # [B, T, 2, F]
+        both = _linear(x, self.gate_up)  # [B, T, 2, F]
         if has_bias:
             both = both + self.gate_up_bias[...][None, None]
-        out = _linear(act(both[:, :, 0]) * both[:, :, 1], self.down[...])
+        out = _linear(act(both[:, :, 0]) * both[:, :, 1], self.down)
         return out + _as_last_axis(self.down_bias[...], out) if has_bias else out
 
 
@@ -174,10 +190,10 @@ class PlainMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         act, has_bias = _ACTIVATIONS[self.config.activation], self.config.mlp_bias
-        up = _linear(x, self.up[...])
+        up = _linear(x, self.up)
         if has_bias:
             up = up + _as_last_axis(self.up_bias[...], up)
-        out = _linear(act(up), self.down[...])
+        out = _linear(act(up), self.down)
         return out + _as_last_axis(self.down_bias[...], out) if has_bias else out
 
 
@@ -234,7 +250,7 @@ class Transformer(nnx.Module):
         The masks are those of each window that a layer has.
         """
         config = self.config
-        x = jnp.take(self.embedding[...], tokens, axis=0)
+        x = take_rows(self.embedding.get_value(), tokens)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.learned_positions is not None:
@@ -254,7 +270,7 @@ class Transformer(nnx.Module):
         x = self.final_norm(x)
         head = self.embedding if config.tie_embeddings else self.head
         with jax.named_scope("head"):
-            logits = _softcap(_linear(x, head[...]).astype(jnp.float32), config.logit_softcap)
+            logits = _softcap(_linear(x, head).astype(jnp.float32), config.logit_softcap)
         return logits, x, tuple(fresh)
 
 
@@ -309,7 +325,7 @@ class TransformerLM(NamedTuple):
     """A `Config` as a `jaxsd.LanguageModel`: two pure functions, no state.
 
     config: the shape.
-    cache_dtype: type of the cached keys and values.
+    cache_dtype: type of the cached keys and values; int8 is with a scale per token and head.
     """
 
     config: Config
@@ -327,10 +343,15 @@ class TransformerLM(NamedTuple):
         tile = _TILE if max_len >= 2 * _TILE else _MIN_TILE
         num_slots = -(-max_len // tile) * tile
         shape = (batch_size, config.n_kv_heads, num_slots, config.head_dim)
-        return tuple(
-            LayerCache(jnp.zeros(shape, self.cache_dtype), jnp.zeros(shape, self.cache_dtype))
-            for _ in range(config.n_layers)
-        )
+
+        def one() -> LayerCache:
+            keys, values = jnp.zeros(shape, self.cache_dtype), jnp.zeros(shape, self.cache_dtype)
+            if self.cache_dtype != jnp.int8:
+                return LayerCache(keys, values)
+            sizes = (*shape[:3], 1)
+            return LayerCache(keys, values, jnp.zeros(sizes), jnp.zeros(sizes))
+
+        return tuple(one() for _ in range(config.n_layers))
 
     def apply(
         self, params: Params, tokens: Array, positions: Array, cache: Cache
@@ -407,6 +428,16 @@ class TransformerLM(NamedTuple):
 def language_model(config: Config, cache_dtype: Any = jnp.float32) -> TransformerLM:
     """The decoding interface of a transformer of this shape.
 
+    Args:
+      config: the shape.
+      cache_dtype: type of the cached keys and values: a floating type, or int8. With int8 a token's
+        keys and values are rounded in every head to 127 steps of their largest, wherever they are
+        read: a model a little off the one with a float cache, decoded as exactly as that, except
+        that a value within rounding of the middle between two steps can fall to either side.
+
+    Raises:
+      ValueError: if it is another type.
+
     >>> import jax, jax.numpy as jnp
     >>> from jaxsd import models
     >>> config = models.CONFIGS["tiny"]
@@ -416,6 +447,9 @@ def language_model(config: Config, cache_dtype: Any = jnp.float32) -> Transforme
     >>> logits.shape
     (1, 3, 512)
     """
+    dtype = jnp.dtype(cache_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) and dtype != jnp.int8:
+        raise ValueError(f"cache_dtype={dtype.name} must be a floating type or int8")
     return TransformerLM(config, cache_dtype)
 
 
@@ -483,28 +517,34 @@ def _per_group(mask: Array, group: int) -> Array:
 
 
 def _attend(
-    config: Config, queries: Array, fresh: LayerCache, masks: Masks, cache: LayerCache | None
+    config: Config,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    masks: Masks,
+    cache: LayerCache | None,
 ) -> Array:
-    """What queries `[B, H_kv, G T, D]` take from the cache and from their own block.
+    """What queries `[B, H_kv, G T, D]` take from the cache and from their own block's keys, values.
 
     The cache is read as it was before this block, and no further than it is filled: as far as the
     least of a few lengths that holds every row's text, chosen on the device. The block is written
     after the last layer has read (see `_write`).
     """
-    length = fresh.keys.shape[2]
+    length = keys.shape[2]
     group = queries.shape[2] // length
-    block = jnp.where(_per_group(masks.block, group), _scores(config, queries, fresh.keys), _MASKED)
+    block = jnp.where(_per_group(masks.block, group), _scores(config, queries, keys), _MASKED)
 
     def over(slots: int) -> Array:
-        scores = block
+        scores, part = block, None
         if cache is not None and slots:
-            past = _scores(config, queries, cache.keys[:, :, :slots])
+            part = LayerCache(*(None if leaf is None else leaf[:, :, :slots] for leaf in cache))
+            past = _scores(config, queries, part.keys, part.key_scales)
             past = jnp.where(_per_group(masks.cache[..., :slots], group), past, _MASKED)
             scores = jnp.concatenate([past, block], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
-        mixed = weights[..., -length:] @ fresh.values
-        if cache is not None and slots:
-            mixed = mixed + weights[..., :-length] @ cache.values[:, :, :slots]
+        mixed = weights[..., -length:] @ values
+        if part is not None:
+            mixed = mixed + _mixed(weights[..., :-length], part.values, part.value_scales)
         return mixed
 
     if cache is None or masks.reach is None:
@@ -534,22 +574,47 @@ def _attended_lengths(num_slots: int, length: int) -> list[int]:
 _MIN_PART = 256
 
 
-def _scores(config: Config, queries: Array, keys: Array) -> Array:
+def _scores(config: Config, queries: Array, keys: Array, key_scales: Array | None = None) -> Array:
     """Scaled dot products `[B, H_kv, G T, S]` in float32."""
+    if key_scales is not None:
+        keys = keys.astype(queries.dtype)
     scores = jnp.einsum("bhqd,bhsd->bhqs", queries, keys, preferred_element_type=jnp.float32)
+    if key_scales is not None:
+        scores = scores * jnp.swapaxes(key_scales, 2, 3)
     scale = config.attention_scale
     scores = scores * (queries.shape[-1] ** -0.5 if scale is None else scale)
     return _softcap(scores, config.attention_softcap)
 
 
-def _linear(x: Array, weight: Array) -> Array:
-    """x `[B, T, in]` times weight `[..., in]`, to `[B, T, ...]`.
+def _mixed(weights: Array, values: Array, value_scales: Array | None) -> Array:
+    """Sums of cached values `[B, H_kv, G T, D]` by attention weights `[B, H_kv, G T, S]`."""
+    if value_scales is not None:
+        dtype = weights.dtype
+        weights = (weights.astype(jnp.float32) * jnp.swapaxes(value_scales, 2, 3)).astype(dtype)
+        values = values.astype(dtype)
+    return weights @ values
 
-    Two matrices `[2, out, in]` are not made one here: where `out` is divided among devices, rows
-    would have to change places, all weights in every pass.
+
+def _as_in_int8_cache(keys: Array, values: Array) -> tuple[LayerCache, Array, Array]:
+    """What an int8 cache holds of keys and values, and what is read of it."""
+    stored = [quantise_vectors(x) for x in (keys, values)]
+    read = [(x.astype(jnp.float32) * scales).astype(keys.dtype) for x, scales in stored]
+    (small_keys, key_scales), (small_values, value_scales) = stored
+    return LayerCache(small_keys, small_values, key_scales, value_scales), read[0], read[1]
+
+
+def _linear(x: Array, kernel: nnx.Param) -> Array:
+    """x `[B, T, in]` times a kernel `[..., in]` of either kind, to `[B, T, ...]`.
+
+    The one place where a kernel is multiplied. Its leading axes are not made one here: where one of
+    them is divided among devices, rows would have to change places, all weights in every pass.
     """
+    weight = kernel.get_value()
     batch, length, width = x.shape
     rows = x.reshape(batch * length, width)
+    if isinstance(weight, QuantisedKernel):
+        channels = weight.values.shape[:-1]
+        return quantised_product(rows, as_matrix(weight)).reshape(batch, length, *channels)
     if len(rows) <= _MAX_THIN_ROWS:
         out = lax.platform_dependent(rows, weight, cpu=_thin_product_on_cpu, default=_product)
     else:
@@ -585,7 +650,7 @@ def _thin_product_on_cpu(rows: Array, weight: Array) -> Array:
         if num_rows > 3:
             return _product(rows, weight)
         return jnp.concatenate([_product(rows[i : i + 1], weight) for i in range(num_rows)])
-    if num_rows == 1 and weight.shape[0] % 2 == 0:
+    if num_rows == 1 and size // weight.shape[-1] % 2 == 0:
         # One row is a matrix-vector product, which XLA gives to one thread. As a batch of two
         # halves it reads the weights with two.
         halves = weight.reshape(2, -1, weight.shape[-1])

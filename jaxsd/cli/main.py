@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": "Decode real text with and without speculation; compare with the prediction.",
     "generate": "Continue a text, streamed as it comes.",
     "bench": "Time drafters and verifiers against plain decoding and against each other.",
+    "quantise": "What fewer bits cost a model, and what its quantised copy drafts for it.",
     "train": "Train a transformer on a folder of text.",
     "design": "Find the draft that makes a target fastest, before training it.",
     "estimate": "Predict the speed of a draft and a target that exist.",
