@@ -534,12 +534,14 @@ def _attend(
     group = queries.shape[2] // length
     block = jnp.where(_per_group(masks.block, group), _scores(config, queries, keys), _MASKED)
 
+    visible = masks.cache
+
     def over(slots: int) -> Array:
         scores, part = block, None
-        if cache is not None and slots:
-            part = LayerCache(*(None if leaf is None else leaf[:, :, :slots] for leaf in cache))
+        if cache is not None and visible is not None and slots:
+            part = jax.tree.map(lambda leaf: leaf[:, :, :slots], cache)
             past = _scores(config, queries, part.keys, part.key_scales)
-            past = jnp.where(_per_group(masks.cache[..., :slots], group), past, _MASKED)
+            past = jnp.where(_per_group(visible[..., :slots], group), past, _MASKED)
             scores = jnp.concatenate([past, block], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
         mixed = weights[..., -length:] @ values
