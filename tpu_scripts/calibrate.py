@@ -22,7 +22,6 @@ turns, and the two are compared.
 
 import json
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -382,9 +381,8 @@ def timed_run(
     work: Workload, decoder: jaxsd.Decoder, state: jaxsd.DecodeState
 ) -> tuple[float, int]:
     """Seconds and rounds of one text."""
-    began = time.perf_counter()
-    state = jax.block_until_ready(decoder.run(work.params, state, jaxsd.UNTIL_DONE))
-    return time.perf_counter() - began, int(np.max(np.asarray(state.stats.num_rounds)))
+    seconds, state = timing.seconds_of(lambda: decoder.run(work.params, state, jaxsd.UNTIL_DONE))
+    return seconds, int(np.max(np.asarray(state.stats.num_rounds)))
 
 
 def compare(

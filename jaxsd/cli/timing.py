@@ -6,7 +6,7 @@ order changes from turn to turn. `typical` then takes out what a turn as a whole
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,20 @@ import jaxsd
 
 Timer = Callable[[], float]
 """Does its work once and returns the seconds that one piece of it took."""
+
+
+class Timed(NamedTuple):
+    """A result and how long it took to be ready."""
+
+    seconds: float
+    value: Any
+
+
+def seconds_of(work: Callable[[], Any]) -> Timed:
+    """Does some work, waits until its result is on the device, and says how long that took."""
+    began = time.perf_counter()
+    value = jax.block_until_ready(work())
+    return Timed(time.perf_counter() - began, value)
 
 
 def in_turns(
@@ -104,9 +118,8 @@ def make_round_timer(
 
     def run() -> float:
         state = start()
-        began = time.perf_counter()
-        state = jax.block_until_ready(decoder.run(params, state, jaxsd.UNTIL_DONE))
-        return (time.perf_counter() - began) / int(np.max(np.asarray(state.stats.num_rounds)))
+        seconds, state = seconds_of(lambda: decoder.run(params, state, jaxsd.UNTIL_DONE))
+        return seconds / int(np.max(np.asarray(state.stats.num_rounds)))
 
     return run
 
