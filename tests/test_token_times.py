@@ -57,6 +57,18 @@ def test_attention_that_is_free_costs_nothing_rather_than_less():
     assert (np.asarray(found.seconds) < SECONDS).all()
 
 
+def test_times_per_cached_token_leave_something_for_the_table():
+    """Noise by which a context three times as long takes ten times as long."""
+    passes = [
+        costmodel.TimedPass(SHAPE, seconds, rows=rows, context=context)
+        for rows in (1, 2)
+        for seconds, context in ((1e-4, 16), (1e-3, 48))
+    ]
+    found = costmodel.fit_token_times(passes)
+    assert (np.asarray(found.seconds) > 0).all()
+    assert found.context_seconds == 0 == found.row_context_seconds
+
+
 def test_between_the_measured_numbers_it_is_a_line_and_beyond_it_rises_on():
     table = costmodel.TokenTimes(TOKENS, SECONDS)
     times = costmodel.TokenRoundTimes(table, table, 0.0)

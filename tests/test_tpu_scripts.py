@@ -232,7 +232,7 @@ def test_models_and_grids_that_are_none_are_refused(script, arguments, message):
     both = ["--draft", "random:probe-draft", "--target", "random:probe"]
     # A chip by name: its peak is looked up and not measured.
     with pytest.raises(ValueError, match=message):
-        script("bench_pass").main([*both, "--chip", "v5e", *arguments])
+        script("bench_pass").main([*both, "--chip", "tpu-v5e", *arguments])
 
 
 def test_a_script_ends_in_one_line_when_it_is_asked_wrongly():

@@ -2,7 +2,7 @@
 
     python tpu_scripts/bench_decode.py --out tpu_scripts/results/bench_decode_cpu.json
     python tpu_scripts/bench_decode.py --target hf:Llama-3.1-8B --draft hf:Llama-3.2-1B \\
-        --dtype bfloat16 --chip v5p --batches 1,8 --contexts 1024,4096
+        --dtype bfloat16 --chip tpu-v5p --batches 1,8 --contexts 1024,4096
 
 At every batch, context and temperature plain decoding and all draft lengths take turns, each with
 its own key, without an end of text, prompts read and programs compiled before. A figure is the
