@@ -213,6 +213,7 @@ from .speculation import (
     simulate_tokens,
     speedup,
 )
+from .token_times import TokenRoundTimes, TokenTimes, fit_token_times
 from .tradeoff import (
     BiasSpeedFront,
     SequenceTradeoff,
@@ -309,6 +310,8 @@ __all__ = [
     "Stack",
     "Target",
     "TimedPass",
+    "TokenRoundTimes",
+    "TokenTimes",
     "Trace",
     "Workload",
     "acceptance",
@@ -351,6 +354,7 @@ __all__ = [
     "fit_linear_times",
     "fit_loss",
     "fit_pass_times",
+    "fit_token_times",
     "flat_region",
     "gamma_trace",
     "goodput",

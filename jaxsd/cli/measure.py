@@ -17,6 +17,8 @@ from jax import Array
 import jaxsd
 from jaxsd.models import checkpoint, transformer
 
+from . import timing
+
 
 class StepTimes(NamedTuple):
     """Seconds of the parts of a round, batch 1, each measured by itself.
@@ -82,23 +84,13 @@ def make_round(decoder: jaxsd.Decoder) -> Timer:
 def make_pass(target: jaxsd.LanguageModel, num_draft_tokens: int, num_passes: int) -> Timer:
     """Times the target's pass over the tokens of a block, in a compiled loop."""
 
-    @jax.jit
-    def passes(params: Any, block: Array, starts: Array, cache: Any) -> tuple[Array, Any]:
-        offsets = jnp.arange(block.shape[1], dtype=jnp.int32)
-        positions = starts[:, None] + offsets[None, :]
-
-        def body(_: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            block, cache = carry
-            logits, cache = target.apply(params, block, positions, cache)
-            # The next block is made of this one's scores; independent passes could be merged.
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
-
-        return jax.lax.fori_loop(0, num_passes, body, (block, cache))
+    loop = timing.make_pass_loop(target)
 
     def seconds(params: Any, state: jaxsd.DecodeState) -> float:
-        block = jnp.zeros((1, num_draft_tokens + 1), jnp.int32)
+        block = jnp.zeros((len(state.lengths), num_draft_tokens + 1), jnp.int32)
+        starts = jax.block_until_ready(state.lengths - 1)
         began = time.perf_counter()
-        out = passes(params["target"], block, state.lengths - 1, state.target_cache)
+        out = loop(params["target"], block, starts, state.target_cache, np.int32(num_passes))
         jax.block_until_ready(out)
         return (time.perf_counter() - began) / num_passes
 
@@ -118,13 +110,13 @@ def make_drafting(
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, index)
             proposal = drafter.propose(params, cache, tokens, state.lengths, keys, state.sampling)
             # The next proposal follows on this one; independent ones could be computed at once.
-            last = state.lengths - 1
-            return proposal.state, tokens.at[:, last].set(proposal.tokens[:, -1:])
+            rows = jnp.arange(len(state.lengths))
+            return proposal.state, tokens.at[rows, state.lengths - 1].set(proposal.tokens[:, -1])
 
         return jax.lax.fori_loop(0, num_rounds, body, (cache, state.tokens))
 
     def seconds(params: Any, state: jaxsd.DecodeState) -> float:
-        cache = jax.block_until_ready(drafter.init(params, 1, max_len))
+        cache = jax.block_until_ready(drafter.init(params, len(state.lengths), max_len))
         began = time.perf_counter()
         jax.block_until_ready(propose(params, cache, state))
         return (time.perf_counter() - began) / (num_rounds * num_tokens)
@@ -158,6 +150,57 @@ def make_overlap(
         return jax.device_get(compare(target.params, draft.params, tokens, np.float32(temperature)))
 
     return overlap
+
+
+def make_kept(
+    target: checkpoint.Pretrained, draft: checkpoint.Pretrained
+) -> Callable[[np.ndarray, float], np.ndarray]:
+    """A function from texts of the target to how likely each token would be kept from a draft.
+
+    It takes tokens `[B, L]` and a temperature and returns `[B, L]`, at each place about the token x
+    that comes next, min(1, q(x) / p(x)): given that rejection sampling has left x there, the
+    probability that the draft had proposed it and it was accepted, if it was drafted at all.
+    """
+
+    @jax.jit
+    def compare(target_params: Any, draft_params: Any, tokens: Array, temperature: Array) -> Array:
+        sampling = jaxsd.Sampling(temperature)
+        laws = [
+            jaxsd.probabilities(transformer.forward(config, params, tokens), sampling)
+            for config, params in ((target.config, target_params), (draft.config, draft_params))
+        ]
+        following = jnp.roll(tokens, -1, axis=1)[:, :, None]
+        p, q = (jnp.take_along_axis(law, following, axis=2)[:, :, 0] for law in laws)
+        return jnp.minimum(q / jnp.maximum(p, jnp.finfo(p.dtype).tiny), 1)
+
+    def kept(tokens: np.ndarray, temperature: float) -> np.ndarray:
+        return np.asarray(
+            compare(target.params, draft.params, tokens, np.float32(temperature)), np.float64
+        )
+
+    return kept
+
+
+def expected_rounds(kept: np.ndarray, num_tokens: int) -> float:
+    """Rounds in which rejection sampling, K tokens a round, writes one text of the target.
+
+    Exact for that text: whether the token at a place is kept from the draft, if it was drafted,
+    depends on no other place, so that the rounds left from a place on are a sum over where the
+    round that begins there ends.
+
+        r(s) = 1 + sum over n = 0..K of P(n tokens accepted from s on) r(s + n + 1)
+
+    Args:
+      kept: `[n]` of the text's n tokens, from `make_kept`.
+      num_tokens: K, at least 0.
+    """
+    rounds = np.zeros(len(kept) + num_tokens + 2)
+    padded = np.concatenate([kept, np.zeros(num_tokens + 1)])
+    for start in range(len(kept) - 1, -1, -1):
+        reached = np.cumprod(np.concatenate([[1.0], padded[start : start + num_tokens]]))
+        ends = reached - np.append(reached[1:], 0.0)  # n accepted and no more
+        rounds[start] = 1 + ends @ rounds[start + 1 : start + num_tokens + 2]
+    return float(rounds[0])
 
 
 def step_times(
