@@ -23,7 +23,7 @@ import jaxsd
 from jaxsd import models
 from jaxsd.cli import main
 from jaxsd.cli import quantise as command
-from jaxsd.models import checkpoint, sharding
+from jaxsd.models import sharding
 from jaxsd.models.quantise import (
     _BLOCK_SIZE,
     _product,
@@ -130,9 +130,9 @@ def test_bytes_are_those_of_integers_and_scales():
 
 def test_a_quantised_tree_is_donated_and_restored_bit_for_bit(tmp_path):
     small = models.quantise(weights(), 4, 8, embeddings=True)
-    checkpoint.save_checkpoint(tmp_path, 3, small)
+    models.save_checkpoint(tmp_path, 3, small)
     like = jax.eval_shape(lambda: small)
-    restored, _ = checkpoint.restore_checkpoint(tmp_path, 3, like)
+    restored, _ = models.restore_checkpoint(tmp_path, 3, like)
     assert jax.tree.structure(restored) == jax.tree.structure(small)
     for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(small), strict=True):
         assert one.dtype == other.dtype
@@ -351,7 +351,7 @@ def folder(tmp_path_factory):
     tokenizer = models.corpus.ByteTokenizer()
     config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size, n_layers=1)
     folder = tmp_path_factory.mktemp("models") / "target"
-    checkpoint.save_model(folder, config, weights(config), tokenizer)
+    models.save_model(folder, config, weights(config), tokenizer)
     return folder
 
 
