@@ -191,8 +191,8 @@ def lowerings(plan: Plan) -> dict[str, Lowering]:
     ) -> Any:
         return decoder.init(params, prompts, lengths, key, sampling=sampling)
 
-    rows = jax.ShapeDtypeStruct((plan.batch_size,), jnp.int32)
-    numbers = jax.ShapeDtypeStruct((plan.batch_size,), jnp.float32)
+    rows: Any = jax.ShapeDtypeStruct((plan.batch_size,), jnp.int32)
+    numbers: Any = jax.ShapeDtypeStruct((plan.batch_size,), jnp.float32)
     prompts = jax.ShapeDtypeStruct((plan.batch_size, plan.prompt_len), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     request = everywhere((prompts, rows, key, jaxsd.Sampling(numbers, rows, numbers)))
@@ -277,7 +277,7 @@ def out_of_memory(message: str) -> str | None:
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
     text = " ".join(message.split())
-    found = re.search(r"Ran out of memory.*?\.(?= [A-Z]|$).*?\.(?= [A-Z]|$)", text)
+    found = re.search(r"Ran out of memory.*?\.(?= [A-Z]|$)(?: Used.*?\.(?= [A-Z]|$))?", text)
     return found[0] if found else text[:200]
 
 

@@ -50,7 +50,7 @@ class Collectives(NamedTuple):
     """
 
     kind: str
-    count: int
+    num: int
     num_bytes: int
 
 

@@ -246,6 +246,9 @@ class ModelOnMesh(NamedTuple):
 
     def apply(self, params: Any, tokens: Array, positions: Array, cache: Any) -> tuple[Array, Any]:
         """The model's, its cache divided as before."""
+        # Before too: a cache whose heads no axis divides would else take another layout inside a
+        # loop, and come out of it as a copy.
+        cache = self._divided(cache)
         logits, cache = self.model.apply(params, tokens, positions, cache)
         return self._by_rows(logits), self._divided(cache)
 
@@ -253,6 +256,7 @@ class ModelOnMesh(NamedTuple):
         self, params: Any, tokens: Array, positions: Array, cache: Any, starts: Array, seen: Array
     ) -> tuple[Array, Any]:
         """The model's, its cache divided as before."""
+        cache = self._divided(cache)
         logits, cache = self.model.apply_tree(params, tokens, positions, cache, starts, seen)
         return logits, self._divided(cache)
 

@@ -132,7 +132,7 @@ def _compile_all(
     wanted: list[str] | None,
     *,
     replicate_draft: bool,
-    **sizes: int,
+    **sizes: Any,
 ) -> dict[str, Any]:
     import jax.numpy as jnp
 
@@ -192,10 +192,9 @@ def as_json(compiled: Any, memory_bytes: float | None) -> dict[str, Any]:
     if compiled.memory is not None:
         total = compiled.memory.total_bytes
         fields["memory"] = {**compiled.memory._asdict(), "total_bytes": total}
+    fits = None if memory_bytes is None or total is None else total <= memory_bytes
     if compiled.refusal is not None:
         fits = False
-    else:
-        fits = None if memory_bytes is None else total <= memory_bytes
     fields["collectives"] = [one._asdict() for one in compiled.collectives]
     return {"fits": fits, **fields}
 

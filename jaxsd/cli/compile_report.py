@@ -57,6 +57,8 @@ def show_programs(result: dict[str, Any]) -> None:
                 f"[bold red]{name} does not fit[/bold red]: every device would hold "
                 f"{total / GIGABYTE:.4g} GB, {total / capacity:.3g} times what it can."
             )
+    if all(program["refusal"] for program in programs.values()):
+        return
     console.print()
     console.print(_work_table(programs))
     if any(program["collectives"] for program in programs.values()):
@@ -171,7 +173,7 @@ def _collectives_table(programs: dict[str, Any]) -> rich.table.Table:
     for label, program in compiled.items():
         by_kind = {part["kind"]: part for part in program["collectives"]}
         cells = [
-            f"{by_kind[kind]['count']}: {by_kind[kind]['num_bytes'] / 1e6:.3g}"
+            f"{by_kind[kind]['num']}: {by_kind[kind]['num_bytes'] / 1e6:.3g}"
             if kind in by_kind
             else ""
             for kind in kinds

@@ -106,7 +106,9 @@ def _tpu(name: str, generation: str, grid: str) -> Topology:
     from jaxsd import costmodel
 
     chip = TPUS[generation]
-    devices = _described(name, platform="tpu", topology_name=name)
+    # Both cores of a v4 chip as one device, as JAX has them on a real one; else a device is half.
+    cores = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    devices = _described(name, platform="tpu", topology_name=name, **cores)
     return Topology(name, "tpu", devices, chip, float(costmodel.named_chip(chip).memory_bytes))
 
 
