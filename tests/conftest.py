@@ -1,10 +1,17 @@
 """What holds for every test: what JAX would forgive is an error, nothing is cached on disk."""
 
 import contextlib
+import os
 
 import hypothesis
 import jax
 import pytest
+
+# Most of a test's time is LLVM's, on programs that run once. XLA's own passes, which decide what is
+# copied, fused and written in place, are the same.
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_backend_optimization_level=0"])
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
