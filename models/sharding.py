@@ -318,7 +318,9 @@ def bytes_per_device(tree: Any) -> dict[int, int]:
 
 def _axes(path: Any, ndim: int) -> tuple[str | None, ...]:
     """The logical axes of the parameter at a path; a quantised kernel's are the kernel's."""
-    names = tuple(str(step.key) for step in path if hasattr(step, "key"))
+    # Of names or of keys; the fields of a quantised kernel, of an optimiser's state, are no names.
+    names = [step if isinstance(step, str) else getattr(step, "key", None) for step in path]
+    names = tuple(name for name in names if isinstance(name, str))
     for ending, axes in _AXES.items():
         if names[-len(ending) :] == ending and len(axes) == ndim:
             return axes

@@ -41,6 +41,7 @@ class PendingCheckpoint:
         self._future = executor.submit(finish)
         executor.shutdown(wait=False)
         self._is_agreed = False
+        self._has_told = False
 
     def is_done(self) -> bool:
         """Whether this process has written its part; does not wait."""
@@ -52,10 +53,18 @@ class PendingCheckpoint:
         Raises:
           Exception: what went wrong while it was written; the checkpoint does not count.
         """
-        self._future.result()
+        error = self._future.exception()
+        if error is not None:
+            self._has_told = True
+            raise error
         if not self._is_agreed:
             agree("checkpoint written")
             self._is_agreed = True
+
+    def wait_unless_told(self) -> None:
+        """`wait`, but a failure that somebody has heard of is not raised again."""
+        if not self._has_told:
+            self.wait()
 
 
 # By folder, the last checkpoint that was begun. Tidying up after one would sweep away what another
@@ -133,7 +142,7 @@ def start_checkpoint(
     atomic.json_bytes(content)  # what is no JSON is found before anything is written
     folder = pathlib.Path(folder).absolute()
     if (before := _PENDING.pop(folder, None)) is not None:
-        before.wait()
+        before.wait_unless_told()
     target = folder / f"{step:08d}"
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)

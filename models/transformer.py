@@ -128,9 +128,11 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         heads, size = config.n_kv_heads, config.head_dim
         group = config.n_heads // heads
-        qkv = _linear(x, self.qkv)
+        # One matrix: the axis that may be divided among devices is the first, so no row moves.
+        qkv = _linear(x, as_matrix(self.qkv.get_value()))
         if config.qkv_bias:
-            qkv = qkv + self.qkv_bias[...][None, None]
+            qkv = qkv + _as_last_axis(self.qkv_bias[...].reshape(-1), qkv)
+        qkv = qkv.reshape(batch, length, heads, group + 2, size)
         qk = qkv[:, :, :, : group + 1]
         if config.qk_norm:
             normed = [self.query_norm(qk[:, :, :, :group]), self.key_norm(qk[:, :, :, group:])]
@@ -149,7 +151,7 @@ class Attention(nnx.Module):
             fresh, keys, values = _as_in_int8_cache(keys, values)
         mixed = _attend(config, queries, keys, values, masks, cache)
         mixed = mixed.reshape(batch, heads, group, length, size).transpose(0, 3, 1, 2, 4)
-        out = _linear(mixed.reshape(batch, length, -1), self.out)
+        out = _linear(mixed.reshape(batch, length, -1), self.out.get_value())
         if config.output_bias:
             out = out + _as_last_axis(self.out_bias[...], out)
         return out, fresh
@@ -169,10 +171,10 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         act, has_bias = _ACTIVATIONS[self.config.activation], self.config.mlp_bias
-        both = _linear(x, self.gate_up)  # [B, T, 2, F]
+        both = _linear(x, self.gate_up.get_value())  # [B, T, 2, F]
         if has_bias:
             both = both + self.gate_up_bias[...][None, None]
-        out = _linear(act(both[:, :, 0]) * both[:, :, 1], self.down)
+        out = _linear(act(both[:, :, 0]) * both[:, :, 1], self.down.get_value())
         return out + _as_last_axis(self.down_bias[...], out) if has_bias else out
 
 
@@ -190,10 +192,10 @@ class PlainMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         act, has_bias = _ACTIVATIONS[self.config.activation], self.config.mlp_bias
-        up = _linear(x, self.up)
+        up = _linear(x, self.up.get_value())
         if has_bias:
             up = up + _as_last_axis(self.up_bias[...], up)
-        out = _linear(act(up), self.down)
+        out = _linear(act(up), self.down.get_value())
         return out + _as_last_axis(self.down_bias[...], out) if has_bias else out
 
 
@@ -270,7 +272,9 @@ class Transformer(nnx.Module):
         x = self.final_norm(x)
         head = self.embedding if config.tie_embeddings else self.head
         with jax.named_scope("head"):
-            logits = _softcap(_linear(x, head).astype(jnp.float32), config.logit_softcap)
+            logits = _softcap(
+                _linear(x, head.get_value()).astype(jnp.float32), config.logit_softcap
+            )
         return logits, x, tuple(fresh)
 
 
@@ -605,13 +609,13 @@ def _as_in_int8_cache(keys: Array, values: Array) -> tuple[LayerCache, Array, Ar
     return LayerCache(small_keys, small_values, key_scales, value_scales), read[0], read[1]
 
 
-def _linear(x: Array, kernel: nnx.Param) -> Array:
+def _linear(x: Array, weight: Any) -> Array:
     """x `[B, T, in]` times a kernel `[..., in]` of either kind, to `[B, T, ...]`.
 
-    The one place where a kernel is multiplied. Its leading axes are not made one here: where one of
-    them is divided among devices, rows would have to change places, all weights in every pass.
+    The one place where a kernel is multiplied. Two matrices `[2, out, in]` are not made one here:
+    where `out` is divided among devices, rows would have to change places, all weights in every
+    pass.
     """
-    weight = kernel.get_value()
     batch, length, width = x.shape
     rows = x.reshape(batch * length, width)
     if isinstance(weight, QuantisedKernel):

@@ -151,7 +151,7 @@ def test_a_refusing_compiler_is_reported_and_other_errors_are_not_hidden():
         ahead.compile_program(refuse("INTERNAL: a bug"))
 
 
-TINY = ("--target", "tiny", "--draft", "tiny", "--num-draft-tokens", "2", "--context", "32")
+TINY = ("--target", "tiny", "--draft", "tiny", "--num-draft-tokens", "2", "--context", "60")
 # In a process of its own: JAX makes its devices once.
 PROCESS = "import sys; from jaxsd.cli import main; sys.exit(main.main(sys.argv[1:]))"
 
@@ -193,7 +193,7 @@ def test_every_program_is_compiled_for_a_mesh(divided):
     assert loop["cache_copies"] == []
     assert "All 8 caches of the loop are written in place, and none is copied" in text
     # What a device holds: half of the rows and one of two key heads; half of most weights.
-    cache = 2 * 2 * (2 * 1 * (32 + 2) * 16) * 2
+    cache = 2 * 2 * (2 * 1 * 64 * 16) * 2
     for name in ("target pass, 1", "target pass, 3"):
         assert programs[name]["memory"]["aliased_bytes"] == cache
     weights = 2 * models.num_parameters(models.CONFIGS["tiny"])

@@ -580,7 +580,7 @@ def test_one_width_is_told_apart_once_another_is_added():
         (lambda: costmodel.fit_loss(1e8, D, 2 + D**-0.1), "other sizes"),
         (
             lambda: costmodel.fit_loss(N, D, 2 + 300 * N**-0.3 + 900 * D**-0.3, 8, 640, "shape"),
-            "coefficient and exponent apart.*models of the same size",
+            "coefficient and exponent.*models of the same size",
         ),
         (
             lambda: costmodel.fit_linear({"a": [1, 2, 3, 4], "b": [2, 4, 6, 8]}, [1, 2, 4, 3]),
