@@ -116,7 +116,8 @@ def start_checkpoint(
     """As `save_checkpoint`, but returns as soon as the arrays are copied: training goes on.
 
     The state may be donated or overwritten at once. Another checkpoint in the same folder first
-    waits for this one. The checkpoint counts when `wait` has returned.
+    waits for this one, and raises what went wrong with it unless `wait` has. The checkpoint counts
+    when `wait` has returned.
 
     Args:
       folder: of the checkpoints of one run.

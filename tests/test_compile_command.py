@@ -281,7 +281,7 @@ WRONG = {
     "batch": (("--topology", "here", "--batch", "0"), "batch=0 must be at least 1"),
     "K": (("--topology", "here", "--num-draft-tokens", "0"), "num_draft_tokens=0"),
     "memory": (("--topology", "here", "--memory", "-1"), "memory=-1 must be a number of bytes"),
-    "prompt": (("--topology", "here", *TINY, "--prompt", "33"), "prompt_len=33 must be at most"),
+    "prompt": (("--topology", "here", *TINY, "--prompt", "61"), "prompt_len=61 must be at most"),
     "programs": (("--topology", "here", "--programs", "looping"), "programs names 'looping'"),
     "vocabulary": (("--topology", "here", "--target", "tiny"), "they must share one"),
     "rows": (("--topology", "here", "--compare-costmodel", "--rows", "1,x"), "rows='1,x'"),
