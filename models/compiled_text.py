@@ -95,11 +95,12 @@ def cache_copies(
     ('ROOT %copy.1 = f32[4,8]{0,1} copy(%p)',)
     """
     computations = _computations(text)
-    names = _run_by_loops(computations) if inside_loops else set(computations)
+    names = _run_by("while", computations) if inside_loops else set(computations)
     if inside_loops and not names:
         raise ValueError("the compiled program has no loop; wanted one to search (inside_loops)")
     sizes = {math.prod(shape) for shape in shapes}
-    fused = _fused(computations)
+    # The inside of a fusion: nothing in it is stored.
+    fused = _run_by("fusion", computations)
     copies, moves = [], []
     for name in computations:
         if name not in names or name in fused:
@@ -124,7 +125,7 @@ def collectives(text: str, *, inside_loops: bool = False) -> tuple[Collectives, 
       By kind, the most bytes first; asynchronous ones count where they start.
     """
     computations = _computations(text)
-    names = _run_by_loops(computations) if inside_loops else set(computations)
+    names = _run_by("while", computations) if inside_loops else set(computations)
     found: dict[str, list[int]] = {}
     for name in names:
         for one in computations[name]:
@@ -205,14 +206,14 @@ def _array_types(text: str) -> Iterator[ArrayType]:
         yield ArrayType(dtype, sizes, int(memory[1]) if memory else 0)
 
 
-def _fused(computations: dict[str, list[Instruction]]) -> set[str]:
-    """Names of the computations that are the inside of some fusion: nothing in them is stored."""
+def _run_by(opcode: str, computations: dict[str, list[Instruction]]) -> set[str]:
+    """Names of the computations that some such instruction runs, directly or through others."""
     return _reached(
         (
             name
             for instructions in computations.values()
             for one in instructions
-            if one.opcode == "fusion"
+            if one.opcode == opcode
             for name in _called(one, computations)
         ),
         computations,
@@ -241,20 +242,6 @@ def _first_operand(one: Instruction) -> str:
     arguments = one.line.split(f" {one.opcode}(", 1)[1]
     names = re.findall(r"%([\w.-]+)", arguments) or re.findall(r"[\w.-]+", arguments)
     return names[0] if names else ""
-
-
-def _run_by_loops(computations: dict[str, list[Instruction]]) -> set[str]:
-    """Names of the computations that some `while` runs, directly or through others."""
-    return _reached(
-        (
-            name
-            for instructions in computations.values()
-            for one in instructions
-            if one.opcode == "while"
-            for name in _called(one, computations)
-        ),
-        computations,
-    )
 
 
 def _reached(first: Iterable[str], computations: dict[str, list[Instruction]]) -> set[str]:

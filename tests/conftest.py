@@ -1,7 +1,10 @@
 """What holds for every test: what JAX would forgive is an error, nothing is cached on disk."""
 
 import contextlib
+import json
 import os
+import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -29,6 +32,23 @@ def enable_x64() -> contextlib.AbstractContextManager:
     from jax.experimental import enable_x64 as old
 
     return old()
+
+
+def run_on_devices(code, num_devices):
+    """What a program prints last, as JSON, run apart on so many virtual devices.
+
+    In a process of its own: JAX makes its devices once.
+    """
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture

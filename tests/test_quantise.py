@@ -4,11 +4,8 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_compile
+from conftest import run_on_devices
 from jax.sharding import PartitionSpec
 
 import jaxsd
@@ -323,16 +321,7 @@ print(json.dumps({{
 
 def test_four_devices_compute_the_same_and_hold_a_quarter_each():
     code = PROGRAM.format(folder=str(pathlib.Path(__file__).parent))
-    flags = "--xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_on_devices(code, 4)
     assert found["apart"] < 1e-3
     whole, parts = found["cache"]
     assert parts == [whole // 4]

@@ -1,15 +1,12 @@
 """Many devices: where weights and caches lie, and that the text is that of one device."""
 
 import dataclasses
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import run_on_devices
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxsd import models
@@ -133,16 +130,7 @@ print(json.dumps({{
 def test_eight_devices_write_the_text_of_one_and_hold_an_eighth_each():
     """Two rows by four heads; greedy and sampled rows; the draft whole on every device."""
     code = PROGRAM.format(folder=str(pathlib.Path(__file__).parent))
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_on_devices(code, 8)
     assert found["equal"] is True
     whole, parts = found["caches"]
     assert parts == [whole // 8]

@@ -19,6 +19,7 @@ import numpy as np
 import jaxsd
 from jaxsd import costmodel, models
 from jaxsd.cli import info, pair, timing
+from jaxsd.cli.compile_check import shape_of
 from jaxsd.models import checkpoint
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -146,27 +147,6 @@ def load_pair(args: argparse.Namespace) -> tuple[LoadedModel, LoadedModel]:
             "a pair has one vocabulary"
         )
     return target, draft
-
-
-def shape_of(config: models.Config) -> costmodel.Shape:
-    """The cost model's shape of a transformer; its count of parameters is that of the weights."""
-    shape = costmodel.Shape(
-        vocab_size=config.vocab_size,
-        d_model=config.d_model,
-        n_layers=config.n_layers,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        d_ff=config.d_ff,
-        tied_embeddings=config.tie_embeddings,
-        mlp_matrices=3 if config.gated_mlp else 2,
-        qkv_bias=config.qkv_bias,
-        output_bias=config.output_bias,
-        mlp_bias=config.mlp_bias,
-    )
-    # Norms of families that have more of them, and tables of positions.
-    rest = models.num_parameters(config) - costmodel.parameters_total(shape)
-    return shape._replace(other_parameters=rest)
 
 
 def peak_of(chip: str | None, quick: bool) -> tuple[float, str]:
