@@ -12,8 +12,8 @@ import jax
 import pytest
 
 # Most of a test's time is LLVM's, on programs that run once: level 1 takes half the time of the
-# default, and level 0 makes the searches, which compute for a while, twice as slow. XLA's own passes,
-# which decide what is copied, fused and written in place, are the same.
+# default, and level 0 makes the searches, which compute for a while, twice as slow. The passes that
+# decide what is copied, fused and written in place are XLA's own, and the same.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_backend_optimization_level=1"])
