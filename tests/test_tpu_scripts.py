@@ -183,14 +183,22 @@ def test_transformers_says_the_same_with_as_many_passes(script, capsys):
     document, lines = last_document(capsys)
     check_document(document, "compare_peers", lines)
     ways = {(way["way"], way["batch"]): way for way in document["results"][0]["ways"]}
-    for name in ("plain", "assisted"):
-        ours = ways["jaxsd plain" if name == "plain" else "jaxsd speculative", 1]
-        theirs = ways[f"transformers {name} float32", 1]
+    for kind in ("plain", "speculative"):
+        ours = ways[f"jaxsd {kind} float32", 1]
+        theirs = ways[f"transformers {kind} float32", 1]
         assert theirs["equal_tokens"] == ours["equal_tokens"] == 1
         assert abs(theirs["target_passes"] - ours["target_passes"]) <= 1
     ratios = {(one["name"], one["batch"]) for one in document["results"][0]["ratios"]}
-    assert ("plain / plain float32", 2) in ratios
-    assert ("speculative / assisted float32", 1) in ratios
+    assert ("plain / transformers plain float32", 2) in ratios
+    assert ("speculative / transformers speculative float32", 1) in ratios
+    assert ("speculative / plain, ours", 1) in ratios
+
+
+def test_a_peer_that_is_not_installed_is_named(script, monkeypatch):
+    compare_peers = script("compare_peers")
+    monkeypatch.setitem(sys.modules["peers"].MODULES, "openvino", ("no_such_module.part", "numpy"))
+    with pytest.raises(ValueError, match=r"^no_such_module\.part missing: .*\[openvino\]"):
+        compare_peers.main(["--peers", "openvino"])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -245,5 +253,5 @@ def test_a_script_ends_in_one_line_when_it_is_asked_wrongly():
 
 
 def test_every_script_is_tried_here():
-    found = {path.stem for path in FOLDER.glob("*.py")} - {"shared"}
+    found = {path.stem for path in FOLDER.glob("*.py")} - {"peers", "shared"}
     assert found == set(SCRIPTS)
