@@ -182,7 +182,7 @@ def test_a_token_does_not_see_later_ones():
     assert jnp.abs(logits[:, 5:] - changed[:, 5:]).max() > 1e-3
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 64, 96])
 @pytest.mark.parametrize("out", [64, 1024, 1025])  # small; large and even; large and odd
 def test_thin_products_equal_the_plain_one(num_rows, out):
     rows = jax.random.normal(jax.random.key(0), (num_rows, 512))
