@@ -143,7 +143,17 @@ def speculative(
             prompts, prompt_lengths, key, sampling, max_new_tokens, max_len, constraints
         )
         chosen = checked_policy(policy, len(request[0]))
-        return prefill(params, *request, chosen)
+        state = prefill(params, *request, chosen)
+        # `run` takes over the memory of a state: no buffer of it is there twice or the caller's.
+        seen = {id(leaf) for leaf in jax.tree.leaves((params, request, chosen))}
+
+        def own(leaf: Array) -> Array:
+            if id(leaf) in seen:
+                return jnp.copy(leaf)
+            seen.add(id(leaf))
+            return leaf
+
+        return jax.tree.map(own, state)
 
     def checked_policy(policy: LengthPolicy | None, batch_size: int) -> LengthPolicy | None:
         if draft_lengths is None:

@@ -421,6 +421,18 @@ def test_a_loop_by_hand_equals_generate():
     np.testing.assert_array_equal(committed, out.lengths - LENGTHS)
 
 
+@pytest.mark.parametrize("name", ["none", "model-5", "lookup-4"])
+def test_a_state_made_op_by_op_is_run_and_takes_nothing_of_the_callers(name):
+    params = {"target": TARGET, "draft": WEIGHTS["another"]}
+    given = jax.tree.map(jnp.asarray, (params, PROMPTS, LENGTHS, jax.random.split(KEY, 4)))
+    settings = jaxsd.Sampling(jnp.full((4,), 0.5), jnp.zeros((4,), jnp.int32), jnp.ones((4,)))
+    expected = decoder(name).generate(*given, sampling=settings)
+    for _ in range(2):  # a buffer that the first run had consumed would fail in the second
+        state = decoder(name).init(*given, sampling=settings)
+        state = decoder(name).run(given[0], state, jaxsd.UNTIL_DONE)
+        np.testing.assert_array_equal(state.tokens, expected.tokens)
+
+
 def test_stream_hands_out_exactly_what_generate_returns():
     out = generate("model-5", PARAMS, sampling=SETTINGS)
     texts = [PROMPTS[row, : LENGTHS[row]].tolist() for row in range(4)]
