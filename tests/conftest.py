@@ -57,8 +57,8 @@ def run_on_devices(code, num_devices):
 def no_programs_left():
     """Each file leaves no compiled programs behind.
 
-    JAX keeps all of them and each maps memory several times: a worker that ran the whole suite came
-    to the number of maps that Linux allows a process (65530), where LLVM crashes.
+    JAX keeps all of them and each maps memory several times: one file comes to 16 thousand maps,
+    and Linux allows a process 65530. A worker that kept all crashed in the compiler.
     """
     yield
     jax.clear_caches()
