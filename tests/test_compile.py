@@ -74,7 +74,8 @@ def cache_copies(text, state, **where):
     return list(compiled_text.cache_copies(text, shapes, **where).copies)
 
 
-@pytest.mark.parametrize(("name", "batch_size"), [("model", 1), *((name, 8) for name in DRAFTERS)])
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_compiled_loop_copies_no_cache_on_cpu(name, batch_size):
     text, _, state = compiled_loop(name, batch_size)
     assert cache_copies(text, state, inside_loops=False) == []

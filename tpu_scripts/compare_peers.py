@@ -168,7 +168,11 @@ def compare(pair: Pair, args: Any, card: dict[str, Any]) -> dict[str, Any]:
     shared.progress("compiling, and one run of every way that nothing times")
     ran = [way.run() for way in ways]
     seconds = timing.in_turns([timer(way) for way in ways], args.repeats, shared.progress)
-    first = {way.batch: index for index, way in reversed(list(enumerate(ways)))}
+    ours = {
+        way.batch: tokens
+        for way, (tokens, _) in zip(ways, ran, strict=True)
+        if (way.package, way.kind) == ("jaxsd", "plain")
+    }
     rows = [
         {
             "way": way.name,
@@ -176,7 +180,7 @@ def compare(pair: Pair, args: Any, card: dict[str, Any]) -> dict[str, Any]:
             "tokens_per_second": way.batch * args.new_tokens / float(np.median(taken)),
             "seconds": taken.tolist(),
             "target_passes": passes,
-            "equal_tokens": float(np.mean(tokens == ran[first[way.batch]][0])),
+            "equal_tokens": float(np.mean(tokens == ours[way.batch])),
         }
         for way, (tokens, passes), taken in zip(ways, ran, seconds.T, strict=True)
     ]
@@ -191,9 +195,9 @@ def compare(pair: Pair, args: Any, card: dict[str, Any]) -> dict[str, Any]:
         (way.package, way.kind, way.dtype, way.batch): seconds[:, i] for i, way in enumerate(ways)
     }
     ratios = [
-        ratio_of(f"{way.kind} / {way.name}", way.batch, seconds[:, index] / taken[ours])
+        ratio_of(f"{way.kind} / {way.name}", way.batch, seconds[:, index] / taken[mine])
         for index, way in enumerate(ways)
-        if way.package != "jaxsd" and (ours := ("jaxsd", way.kind, "float32", way.batch)) in taken
+        if way.package != "jaxsd" and (mine := ("jaxsd", way.kind, "float32", way.batch)) in taken
     ]
     if 1 in args.batches:
         both = (taken["jaxsd", kind, "float32", 1] for kind in ("plain", "speculative"))
