@@ -1,6 +1,6 @@
 """The throughput of speculative decoding as a differentiable function of laws, shapes and times."""
 
-from ._least_squares import Fit
+from ._least_squares import Fit, t_quantile
 from .batching import (
     goodput,
     marginal_gain,
@@ -417,6 +417,7 @@ __all__ = [
     "speedup_interval",
     "stack_names",
     "stationary_chain",
+    "t_quantile",
     "table_slope_ratios",
     "throughput",
     "token_seconds",

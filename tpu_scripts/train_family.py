@@ -6,10 +6,12 @@ Trains a draft of every width and depth on the same tokens as all others, with t
 tokenizer, and measures loss and acceptance on held-out text. A run can be killed at any time: the
 same command goes on where it was, and drafts that are done are not trained again. The lines are in
 `FOLDER/family.jsonl`, the models in `FOLDER/<name>/model`. `FOLDER/acceptance.csv` holds what
-`jaxsd fit acceptance` reads, `FOLDER/loss.csv` what `jaxsd fit loss` reads.
+`jaxsd fit acceptance` reads, `FOLDER/loss.csv` what `jaxsd fit loss` reads. `jaxsd circle` trains a
+family with the same code, and goes on to measure speeds, fit laws and hold them against each other.
 """
 
 import csv
+import dataclasses
 import json
 import math
 import pathlib
@@ -21,9 +23,8 @@ import numpy as np
 import shared
 
 from jaxsd import models
-from jaxsd.cli import measure, pair
-from jaxsd.cli import train as train_lib
-from jaxsd.models import checkpoint, corpus
+from jaxsd.cli import circle_family, circle_plan, measure, pair
+from jaxsd.models import checkpoint
 
 LINES = "family.jsonl"
 # Columns of the tables, of those that a line holds.
@@ -62,111 +63,78 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     bandwidth, source = shared.peak_of(None, args.quick)
     card = shared.show_card([loaded], bandwidth, source)
-    tokens = args.steps * args.batch_size * args.sequence_length
-    shared.say(
-        f"to train          {len(args.widths) * len(args.depths)} drafts, {tokens / 1e6:.2f}M "
-        "tokens each"
-    )
-    if args.corpus is None:
-        where, suffixes = corpus.standard_library(), (".py",)
-        files = corpus.read_files(where, suffixes, exclude=corpus.STANDARD_LIBRARY_EXCLUDE)
-    else:
-        files = corpus.read_files(args.corpus, train_lib.TEXT_SUFFIXES)
-    held_out = corpus.encode_corpus(files, target.tokenizer).held_out
-    windows = corpus.held_out_windows(held_out, args.windows, args.sequence_length)
+    plan = make_plan(args)
+    tokens = plan.members[0].tokens
+    shared.say(f"to train          {len(plan.members)} drafts, {tokens / 1e6:.2f}M tokens each")
+    text = circle_family.read_text(plan, args.corpus, target.tokenizer)
     args.folder.mkdir(parents=True, exist_ok=True)
     lines = []
     shared.say("\ndraft           parameters  tokens   loss   alpha  greedy  seconds")
-    for depth in args.depths:
-        for width in args.widths:
-            line = train_one(args, folder, target, width, depth, tokens, windows)
-            lines.append(line)
-            write_lines(args.folder, lines)
-            shared.say(
-                f"{line['name']:<14} {line['parameters_total'] / 1e6:10.3f}M "
-                f"{line['training_tokens'] / 1e6:6.2f}M {line['loss']:6.3f} {line['alpha']:7.3f} "
-                f"{line['greedy_agreement']:7.3f} {line['seconds']:8.1f}"
-            )
-            print(json.dumps(line), flush=True)
+    for member in plan.members:
+        line = train_one(plan, member, args.folder, folder, target, text)
+        lines.append(line)
+        write_lines(args.folder, lines)
+        shared.say(
+            f"{line['name']:<14} {line['parameters_total'] / 1e6:10.3f}M "
+            f"{line['training_tokens'] / 1e6:6.2f}M {line['loss']:6.3f} {line['alpha']:7.3f} "
+            f"{line['greedy_agreement']:7.3f} {line['seconds']:8.1f}"
+        )
+        print(json.dumps(line), flush=True)
     return shared.finish("train_family", argv, args.out, card=card, drafts=lines)
 
 
-def train_one(
-    args: Any,
-    target_folder: str,
-    target: checkpoint.Pretrained,
-    width: int,
-    depth: int,
-    tokens: int,
-    windows: np.ndarray,
-) -> dict[str, Any]:
-    """One draft, trained if it is not yet, and what it is worth to the target."""
-    name = f"w{width}-l{depth}"
-    began = time.perf_counter()
-    trained = train_lib.train(
-        str(args.folder / name),
-        config="embedded-draft",
-        corpus=args.corpus,
-        tokenizer=target_folder,
-        d_model=width,
-        n_layers=depth,
-        n_heads=width // args.head_dim,
-        n_kv_heads=1,
-        head_dim=args.head_dim,
-        # The proportion of the embedded draft, in whole tiles.
-        d_ff=max(16, round(width * 10 / 3 / 16) * 16),
-        steps=args.steps,
+def make_plan(args: Any) -> circle_plan.Plan:
+    """The plan of a study whose family is the one that the options name."""
+    return dataclasses.replace(
+        circle_plan.BUDGETS["small"],
+        shapes=tuple((width, depth) for depth in args.depths for width in args.widths),
+        held_out_shapes=(),
+        steps=(args.steps,),
         batch_size=args.batch_size,
+        accumulation=1,
         sequence_length=args.sequence_length,
         learning_rate=args.learning_rate,
-        warmup_steps=min(150, args.steps // 10),
-        eval_batches=max(1, args.windows // args.batch_size),
+        head_dim=args.head_dim,
+        num_prompts=1,
+        prompt_length=1,
+        windows=args.windows,
         seed=args.seed,
-        progress=False,
     )
-    draft = checkpoint.load_model(trained["model"])
+
+
+def train_one(
+    plan: circle_plan.Plan,
+    member: circle_plan.Member,
+    folder: pathlib.Path,
+    target_folder: str,
+    target: checkpoint.Pretrained,
+    text: circle_family.Text,
+) -> dict[str, Any]:
+    """One draft, trained if it is not yet, and what it is worth to the target."""
+    began = time.perf_counter()
+    out = folder / member.shape_name
+    line = circle_family.train_member(plan, member, out, target_folder, target, text)
+    draft = checkpoint.load_model(out / "model")
     overlap = measure.make_overlap(target, draft)
-    inputs = windows[:, :-1].astype(np.int32)
+    inputs = text.windows[:, :-1]
     by_temperature = {
         heat: np.mean([overlap(row[None], heat)[0].mean() for row in inputs]) for heat in (1.0, 0.0)
     }
-    losses = [held_out_loss(model, windows) for model in (draft, target)]
+    target_loss = circle_family.held_out_loss(target, text.windows)
     return {
-        "name": name,
-        "d_model": width,
-        "n_layers": depth,
-        "d_ff": draft.config.d_ff,
-        "parameters_total": models.num_parameters(draft.config),
+        **line,
+        "name": member.shape_name,
+        "draft_perplexity": line["perplexity"],
         "target_parameters_total": models.num_parameters(target.config),
-        "training_tokens": tokens,
-        "loss": losses[0],
-        "target_loss": losses[1],
-        "draft_perplexity": math.exp(losses[0]),
-        "target_perplexity": math.exp(losses[1]),
+        "target_loss": target_loss,
+        "target_perplexity": math.exp(target_loss),
         # Teacher-forced on held-out text: the probability that a sampled token is accepted, and
         # how often both prefer the same token.
         "alpha": float(by_temperature[1.0]),
         "greedy_agreement": float(by_temperature[0.0]),
-        "train_nats_per_token": trained["train_nats_per_token"],
-        "training_seconds": trained["seconds"],
         "seconds": time.perf_counter() - began,
-        "model": trained["model"],
+        "model": str(out / "model"),
     }
-
-
-def held_out_loss(model: checkpoint.Pretrained, windows: np.ndarray) -> float:
-    """Nats per token of held-out windows, a window at a time."""
-    import jax
-    import jax.numpy as jnp
-
-    @jax.jit
-    def nats(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = models.forward(model.config, params, tokens)
-        found = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, :, None], axis=2)
-        return -found.mean()
-
-    rows = windows.astype(np.int32)
-    return float(np.mean([nats(model.params, row[None, :-1], row[None, 1:]) for row in rows]))
 
 
 def write_lines(folder: pathlib.Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -36,6 +36,7 @@ COMMANDS = {
     "design": "Find the draft that makes a target fastest, before training it.",
     "estimate": "Predict the speed of a draft and a target that exist.",
     "compile": "Compile the loop for a TPU or GPU that is not there: memory, collectives, copies.",
+    "circle": "Predict drafts before they are trained, train them, measure, and compare.",
     "fit": "Fit the laws, or the times of passes, to your own measurements.",
     "reproduce": "Compute the tables and figures of three papers again and compare.",
     "info": "Show devices, versions and the models in the package.",

@@ -1,0 +1,328 @@
+"""What are the drafts of one shape worth to the target: acceptance, tokens of a round, speed-up?
+
+Drafts of one shape differ in their weights alone, so they share every compiled program, and take
+turns in it: plain decoding, all lengths and all of these drafts at every prompt.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import jaxsd
+from jaxsd.models import checkpoint
+
+from . import measure, timing
+from .circle_plan import Plan
+from .circle_study import Study
+from .circle_times import make_decoder, make_model
+
+# Rounds in which a speculative run is shortened or lengthened are counted from a first, unmeasured
+# one of so many.
+_TRIAL_ROUNDS = 16
+_TEXTS_PER_PROMPT = {True: 1, False: 2}  # by whether the text is greedy, and so always the same
+
+
+class Turn(NamedTuple):
+    """One timed run of a batch of prompts."""
+
+    seconds: float
+    rounds: int
+    tokens: int  # of all rows together
+    stats: jaxsd.Statistics
+
+
+def temperature_name(temperature: float) -> str:
+    """The key of a temperature in JSON.
+
+    >>> temperature_name(1.0), temperature_name(0.7)
+    ('1', '0.7')
+    """
+    return f"{temperature:g}"
+
+
+def write_texts(plan: Plan, target: checkpoint.Pretrained, prompts: np.ndarray) -> dict[str, Any]:
+    """What the target writes by itself after every prompt, `[N, L]` tokens for each temperature."""
+    model = make_model("target", target.config, target.params)
+    decoder = make_decoder(plan, model, model, 0)
+    params = {"target": target.params, "draft": None}
+    batch = max(plan.batches)
+    texts = {}
+    for temperature in plan.temperatures:
+        rows = []
+        for copy in range(_TEXTS_PER_PROMPT[temperature == 0]):
+            for first in range(0, len(prompts), batch):
+                group = prompts[first : first + batch]
+                state = _start(plan, decoder, params, group, temperature, [copy, first])
+                state = decoder.run(params, state, np.int32(plan.new_tokens))
+                rows.append(np.asarray(state.tokens)[:, : plan.prompt_length + plan.new_tokens])
+        texts[temperature_name(temperature)] = np.concatenate(rows).tolist()
+    return {"texts": texts}
+
+
+def measure_shape(
+    plan: Plan,
+    study: Study,
+    target: checkpoint.Pretrained,
+    drafts: Mapping[str, checkpoint.Pretrained],
+    prompts: np.ndarray,
+    windows: np.ndarray,
+    texts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything measured of the drafts of one shape, by their names; JSON values.
+
+    Args:
+      plan: of the study.
+      study: for its lines of progress.
+      target: the target.
+      drafts: of one shape, by name.
+      prompts: `[N, P]` that are continued.
+      windows: `[N, T + 1]` held-out text.
+      texts: what the target wrote, from `write_texts`.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in drafts}
+    for name, draft in drafts.items():
+        found[name] |= _read(plan, target, draft, windows, texts)
+    for batch in plan.batches:
+        decoded = _decode(plan, study, target, drafts, prompts, batch)
+        for name in drafts:
+            found[name].setdefault("speed", {})[str(batch)] = decoded[name]
+    longest = max(plan.lengths)
+    loop = _accept(plan, target, drafts, prompts, longest)
+    for name in drafts:
+        found[name]["loop"] = loop[name]
+    return found
+
+
+def shares_of_rounds(kept: Sequence[np.ndarray], num_tokens: int) -> np.ndarray:
+    """Shares of rounds that accept at least 1, 2, ..., K tokens, `[K]`, in texts of the target.
+
+    Where rounds begin depends on what those before accepted; a place is counted as often as a round
+    is expected to begin there, which follows from the first place on. Rounds that the end of a text
+    would cut short are not counted.
+
+    Args:
+      kept: of every text `[n]`, from `measure.make_kept`.
+      num_tokens: K.
+    """
+    counted, total = np.zeros(num_tokens), 0.0
+    for row in kept:
+        begins = np.zeros(len(row) + num_tokens + 1)
+        begins[0] = 1.0
+        for place in range(len(row) - num_tokens):
+            reached = np.cumprod(row[place : place + num_tokens])
+            ends = np.append(1.0, reached) - np.append(reached, 0.0)  # n accepted and no more
+            begins[place + 1 : place + num_tokens + 2] += begins[place] * ends
+            counted += begins[place] * reached
+            total += begins[place]
+    return counted / total
+
+
+def autocorrelation(kept: Sequence[np.ndarray], lag: int) -> float:
+    """Of the chance that a token is kept, between places so far apart, over all texts; 0 if none.
+
+    >>> round(autocorrelation([np.array([1.0, 0.0, 1.0, 0.0])], 1), 3)
+    -1.0
+    """
+    mean = float(np.mean(np.concatenate(list(kept))))
+    pairs = [(row[:-lag] - mean, row[lag:] - mean) for row in kept if len(row) > lag]
+    early, late = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    scale = math.sqrt(float(np.square(early).mean() * np.square(late).mean()))
+    return float((early * late).mean()) / scale if scale else 0.0
+
+
+def _read(
+    plan: Plan,
+    target: checkpoint.Pretrained,
+    draft: checkpoint.Pretrained,
+    windows: np.ndarray,
+    texts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Acceptance from both models' laws, without a loop: teacher-forced."""
+    overlap = measure.make_overlap(target, draft)
+    kept_by_draft = measure.make_kept(target, draft)
+    place = slice(plan.prompt_length - 1, plan.prompt_length - 1 + plan.new_tokens)
+    found: dict[str, dict[str, Any]] = {
+        name: {} for name in ("alpha_of_text", "alpha", "shares", "tokens", "autocorrelation")
+    }
+    for temperature in plan.temperatures:
+        name = temperature_name(temperature)
+        rows = windows[:, :-1].astype(np.int32)
+        found["alpha_of_text"][name] = float(
+            np.mean([overlap(row[None], temperature)[0].mean() for row in rows])
+        )
+        written = np.asarray(texts[name], np.int32)
+        found["alpha"][name] = float(
+            np.mean([overlap(row[None], temperature)[0][:, place].mean() for row in written])
+        )
+        kept = [kept_by_draft(row[None], temperature)[0, place] for row in written]
+        found["shares"][name] = shares_of_rounds(kept, max(plan.lengths)).tolist()
+        found["tokens"][name] = [
+            len(kept) * plan.new_tokens / sum(measure.expected_rounds(row, k) for row in kept)
+            for k in plan.lengths
+        ]
+        found["autocorrelation"][name] = [autocorrelation(kept, lag) for lag in (1, 2, 4)]
+    return found
+
+
+def _decode(
+    plan: Plan,
+    study: Study,
+    target: checkpoint.Pretrained,
+    drafts: Mapping[str, checkpoint.Pretrained],
+    prompts: np.ndarray,
+    batch: int,
+) -> dict[str, Any]:
+    """Rounds, tokens and seconds of all lengths and drafts, taking turns at all groups of prompts.
+
+    A run has so many rounds that a row gets `new_tokens` on average, whatever the length, so that
+    all of them are timed over the same stretch of text, and all rows of a batch are busy to its
+    end, as they are where the next request takes the place of one that is done.
+    """
+    whole = make_model("target", target.config, target.params)
+    some = next(iter(drafts.values()))
+    shape = make_model("draft", some.config, some.params)
+    params = {
+        name: {"target": target.params, "draft": draft.params} for name, draft in drafts.items()
+    }
+    decoders: dict[int, jaxsd.Decoder] = {}
+    num_rounds: dict[tuple[int, str], int] = {}
+    for length in (0, *plan.lengths):
+        study.say(f"  batch {batch}: compiling {length} drafted tokens")
+        decoders[length] = make_decoder(plan, whole, shape, length)
+        for name in drafts if length else [next(iter(drafts))]:
+            turn = _run(plan, decoders[length], params[name], prompts[:batch], _TRIAL_ROUNDS, [-1])
+            mean = turn.tokens / (batch * turn.rounds)
+            num_rounds[length, name] = max(1, round(plan.new_tokens / mean))
+    cases = list(num_rounds)
+    groups = range(0, len(prompts), batch)
+    study.say(f"  batch {batch}: decoding {len(groups)} groups of prompts in {len(cases)} ways")
+    turns: dict[tuple[int, str], list[Turn]] = {case: [] for case in cases}
+    for number, first in enumerate(groups):
+        for place in range(len(cases)):
+            case = cases[(place + number * 7) % len(cases)]
+            length, name = case
+            group = prompts[first : first + batch]
+            turn = _run(
+                plan, decoders[length], params[name], group, num_rounds[case], [first, batch]
+            )
+            turns[case].append(turn)
+    plain = turns[cases[0]]
+    return {
+        name: {
+            "plain_round_seconds": _round_seconds(plain),
+            "plain_tokens_per_second": batch / _round_seconds(plain),
+            "by_length": [
+                _speed(plain, turns[length, name], length, batch) for length in plan.lengths
+            ],
+        }
+        for name in drafts
+    }
+
+
+def _speed(plain: Sequence[Turn], turns: Sequence[Turn], length: int, batch: int) -> dict[str, Any]:
+    """What all turns of one length say.
+
+    The speed-up is that of the typical round times the tokens of all rounds: times vary by what
+    else the machine does, tokens by what the texts are, and neither by the other. Its error is that
+    of the tokens, from their spread over the groups of prompts, and of the ratio of the times.
+    """
+    seconds, plain_seconds = _round_seconds(turns), _round_seconds(plain)
+    tokens = sum(turn.tokens for turn in turns) / (batch * sum(turn.rounds for turn in turns))
+    means = np.array([turn.tokens / (batch * turn.rounds) for turn in turns])
+    ratios = np.array(
+        [a.seconds / a.rounds / (b.seconds / b.rounds) for a, b in zip(plain, turns, strict=True)]
+    )
+    spreads = [np.std(x, ddof=1) / np.mean(x) for x in (means, ratios)] if len(means) > 1 else [0.0]
+    return {
+        "length": length,
+        "round_seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": batch * tokens / seconds,
+        "speedup": tokens * plain_seconds / seconds,
+        "relative_error": math.sqrt(sum(float(x) ** 2 for x in spreads) / len(means)),
+        "rounds": sum(turn.rounds for turn in turns) * batch,
+    }
+
+
+def _round_seconds(turns: Sequence[Turn]) -> float:
+    """Median over turns: what disturbs a machine only ever adds, and not to every turn."""
+    return float(np.median([turn.seconds / turn.rounds for turn in turns]))
+
+
+def _accept(
+    plan: Plan,
+    target: checkpoint.Pretrained,
+    drafts: Mapping[str, checkpoint.Pretrained],
+    prompts: np.ndarray,
+    length: int,
+) -> dict[str, Any]:
+    """Acceptance by position as the loop counts it, at every temperature."""
+    batch = max(plan.batches)
+    whole = make_model("target", target.config, target.params)
+    some = next(iter(drafts.values()))
+    decoder = make_decoder(plan, whole, make_model("draft", some.config, some.params), length)
+    found: dict[str, Any] = {name: {} for name in drafts}
+    for name, draft in drafts.items():
+        params = {"target": target.params, "draft": draft.params}
+        for temperature in plan.temperatures:
+            rounds = accepted = drafted = 0
+            by_position = np.zeros(length, np.int64)
+            for first in range(0, len(prompts), batch):
+                group = prompts[first : first + batch]
+                state = _start(
+                    plan, decoder, params, group, temperature, [first, 1], plan.new_tokens
+                )
+                stats = decoder.run(params, state, jaxsd.UNTIL_DONE).stats
+                rounds += int(np.sum(np.asarray(stats.num_rounds)))
+                accepted += int(np.sum(np.asarray(stats.num_accepted)))
+                drafted += int(np.sum(np.asarray(stats.num_drafted)))
+                by_position += np.asarray(stats.accepted_by_position).sum(0)
+            found[name][temperature_name(temperature)] = {
+                "rounds": rounds,
+                "accepted": accepted,
+                "drafted": drafted,
+                "accepted_by_position": by_position.tolist(),
+            }
+    return found
+
+
+def _run(
+    plan: Plan,
+    decoder: jaxsd.Decoder,
+    params: Any,
+    prompts: np.ndarray,
+    num_rounds: int,
+    key: Sequence[int],
+) -> Turn:
+    """A prefilled batch, so many rounds, timed."""
+    state = _start(plan, decoder, params, prompts, plan.temperatures[0], key)
+    taken, state = timing.seconds_of(lambda: decoder.run(params, state, np.int32(num_rounds)))
+    rounds = int(np.max(np.asarray(state.stats.num_rounds)))
+    tokens = int(np.sum(np.asarray(state.lengths))) - prompts.size
+    return Turn(taken, rounds, tokens, state.stats)
+
+
+def _start(
+    plan: Plan,
+    decoder: jaxsd.Decoder,
+    params: Any,
+    prompts: np.ndarray,
+    temperature: float,
+    key: Sequence[int],
+    new_tokens: int | None = None,
+) -> jaxsd.DecodeState:
+    """The state from which the loop starts, ready on the device."""
+    seed = int(np.random.default_rng([plan.seed, *(1 + part for part in key)]).integers(2**31))
+    return jax.block_until_ready(
+        decoder.start(
+            params,
+            prompts,
+            np.full(len(prompts), plan.prompt_length, np.int32),
+            jax.random.key(seed),
+            sampling=jaxsd.Sampling(temperature),
+            max_new_tokens=new_tokens or plan.max_len - plan.prompt_length,
+        )
+    )

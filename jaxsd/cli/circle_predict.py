@@ -1,0 +1,255 @@
+"""What do laws and calibration say of a draft, with which interval, and how far is that off?
+
+Two predictions of every speed-up. From sizes: parameters, shape and training tokens give the
+perplexity, this the acceptance by position, and with it the tokens of a round; the calibration
+gives its seconds. Given acceptance: the tokens of a round are those that the two models' laws give
+over texts of the target, without a speculative loop.
+
+    ln speedup = ln tokens + ln(seconds of a plain round / seconds of the round)
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxsd import costmodel
+
+from . import circle_times
+from .circle_laws import FittedLaws, Row, predict_loss, tokens_of_round
+from .circle_measure import temperature_name
+from .circle_plan import Plan
+from .compile_check import shape_of
+
+COVERAGE = 0.9
+
+
+class Predicted(NamedTuple):
+    """A draft, predicted from its sizes."""
+
+    loss: float
+    perplexity: float
+    tokens: np.ndarray  # [lengths] of a round
+    tokens_by_alpha: np.ndarray  # [lengths] the same, as if accepted independently
+    tokens_error: np.ndarray  # [lengths] standard deviation of ln tokens
+
+
+def predict_draft(plan: Plan, laws: FittedLaws, row: Row) -> Predicted:
+    """Perplexity and tokens of a round at the first temperature, from sizes and training tokens."""
+    name = temperature_name(plan.temperatures[0])
+    loss = predict_loss(laws.loss.law, row)
+    position, alpha = laws.position[name].law, laws.alpha[name].law
+    tokens = tokens_of_round(plan, position, math.exp(loss))
+    # How tokens move with the loss, times how well the loss is known.
+    step = max(laws.loss.error, 1e-4)
+    ends = [np.log(tokens_of_round(plan, position, math.exp(loss + x))) for x in (-step, step)]
+    slope = (ends[1] - ends[0]) / (2 * step)
+    one = costmodel.acceptance(alpha, math.exp(loss), laws.target_perplexity)
+    by_alpha = [float(costmodel.expected_tokens(one, length)) for length in plan.lengths]
+    return Predicted(
+        loss=loss,
+        perplexity=math.exp(loss),
+        tokens=tokens,
+        tokens_by_alpha=np.array(by_alpha),
+        tokens_error=np.hypot(slope * laws.loss.error, laws.token_errors[name]),
+    )
+
+
+def predict_rounds(
+    plan: Plan, calibration: circle_times.Calibration, config: Any
+) -> dict[int, dict[str, Any]]:
+    """Seconds of rounds with a draft of a config, by batch: plain, and by length in parts."""
+    shape = shape_of(config)
+    found: dict[int, dict[str, Any]] = {}
+    for batch in plan.batches:
+        times = circle_times.round_times(calibration, shape, batch)
+        lengths = np.array(plan.lengths, np.float64)
+        size = np.full(len(lengths), float(batch))
+        seconds = np.asarray(costmodel.round_seconds(times, size, lengths))
+        verify = [
+            float(calibration.target.pass_seconds(*map(np.float64, (batch, k + 1, plan.context))))
+            for k in plan.lengths
+        ]
+        draft = lengths * circle_times.draft_seconds(calibration, shape, batch, 1)
+        found[batch] = {
+            "plain": float(costmodel.round_seconds(times, float(batch), 0.0)),
+            "seconds": seconds,
+            "draft": draft,
+            "verify": np.array(verify),
+            "beyond": seconds - draft - np.array(verify),
+        }
+    return found
+
+
+def compare_member(
+    plan: Plan,
+    laws: FittedLaws,
+    calibration: circle_times.Calibration,
+    row: Row,
+    config: Any,
+    measured: Row,
+) -> dict[str, Any]:
+    """A draft's predictions beside its measurements; JSON values."""
+    predicted = predict_draft(plan, laws, row)
+    rounds = predict_rounds(plan, calibration, config)
+    name = temperature_name(plan.temperatures[0])
+    points = []
+    for batch in plan.batches:
+        speed = measured["speed"][str(batch)]
+        for index, length in enumerate(plan.lengths):
+            one = speed["by_length"][index]
+            times = rounds[batch]["plain"] / rounds[batch]["seconds"][index]
+            exact = measured["tokens"][name][index]
+            from_sizes = float(predicted.tokens[index] * times)
+            # The measurement is off too, and its error is no fault of the prediction.
+            errors = calibration.relative_error, one["relative_error"]
+            points.append(
+                {
+                    "batch": batch,
+                    "length": length,
+                    "measured": one["speedup"],
+                    "measured_error": one["relative_error"],
+                    "from_sizes": from_sizes,
+                    "from_sizes_interval": _interval(
+                        laws, from_sizes, predicted.tokens_error[index], *errors
+                    ),
+                    "given_acceptance": exact * times,
+                    "given_acceptance_interval": _interval(laws, exact * times, *errors),
+                    "by_one_alpha": float(predicted.tokens_by_alpha[index] * times),
+                    "tokens": {
+                        "from_sizes": float(predicted.tokens[index]),
+                        "of_texts": exact,
+                        "measured": one["tokens"],
+                    },
+                    "round_seconds": {
+                        "predicted": float(rounds[batch]["seconds"][index]),
+                        "measured": one["round_seconds"],
+                    },
+                    "plain_seconds": {
+                        "predicted": rounds[batch]["plain"],
+                        "measured": speed["plain_round_seconds"],
+                    },
+                    "parts": {
+                        part: float(rounds[batch][part][index])
+                        for part in ("draft", "verify", "beyond")
+                    },
+                }
+            )
+    low, high = _bounds(laws, predicted.loss, laws.loss.error)
+    return {
+        "name": row["name"],
+        "is_held_out": row["is_held_out"],
+        "parameters_total": row["parameters_total"],
+        "loss": {"predicted": predicted.loss, "low": low, "high": high, "measured": row["loss"]},
+        "perplexity": {
+            "predicted": predicted.perplexity,
+            "low": math.exp(low),
+            "high": math.exp(high),
+            "measured": row["perplexity"],
+        },
+        "points": points,
+        "best": {str(batch): _best(points, batch) for batch in plan.batches},
+    }
+
+
+def summarise(members: Sequence[Row]) -> dict[str, Any]:
+    """Median and worst errors, coverage of the intervals, and where the errors come from."""
+    points = [point for member in members for point in member["points"]]
+    found: dict[str, Any] = {"num_members": len(members), "num_points": len(points)}
+    if not points:
+        return found
+    for kind in ("from_sizes", "given_acceptance", "by_one_alpha"):
+        errors = np.array([point[kind] / point["measured"] - 1 for point in points])
+        found[kind] = _errors(errors)
+        if f"{kind}_interval" in points[0]:
+            inside = [
+                low <= point["measured"] <= high
+                for point in points
+                for low, high in [point[f"{kind}_interval"]]
+            ]
+            found[kind]["coverage"] = float(np.mean(inside))
+    found["parts"] = {
+        "tokens from sizes": _errors(_relative(points, "tokens", "from_sizes")),
+        "tokens of texts": _errors(_relative(points, "tokens", "of_texts")),
+        "round seconds": _errors(_relative(points, "round_seconds", "predicted")),
+        "plain seconds": _errors(_relative(points, "plain_seconds", "predicted")),
+    }
+    found["loss"] = _errors(
+        np.array([one["loss"]["predicted"] / one["loss"]["measured"] - 1 for one in members])
+    )
+    found["perplexity"] = _errors(
+        np.array(
+            [one["perplexity"]["predicted"] / one["perplexity"]["measured"] - 1 for one in members]
+        )
+    )
+    batches = list(members[0]["best"])
+    found["best_length"] = {
+        batch: {
+            "within_one": float(
+                np.mean(
+                    [
+                        abs(one["best"][batch]["predicted"] - one["best"][batch]["measured"]) <= 1
+                        for one in members
+                    ]
+                )
+            ),
+            "median_loss": float(np.median([one["best"][batch]["loss"] for one in members])),
+        }
+        for batch in batches
+    }
+    found["best_member"] = {batch: _best_member(members, batch) for batch in batches}
+    return found
+
+
+def _best(points: Sequence[Row], batch: int) -> dict[str, Any]:
+    """The best length as predicted from sizes, as measured, and what the first loses."""
+    mine = [point for point in points if point["batch"] == batch]
+    predicted = max(mine, key=lambda point: point["from_sizes"])
+    measured = max(mine, key=lambda point: point["measured"])
+    return {
+        "predicted": predicted["length"],
+        "measured": measured["length"],
+        "predicted_speedup": predicted["from_sizes"],
+        "predicted_interval": predicted["from_sizes_interval"],
+        "measured_speedup": measured["measured"],
+        "measured_at_predicted": predicted["measured"],
+        "loss": 1 - predicted["measured"] / measured["measured"],
+    }
+
+
+def _best_member(members: Sequence[Row], batch: str) -> dict[str, Any]:
+    """Which of some drafts is predicted to be the fastest, which is, and what the choice loses."""
+    predicted = max(members, key=lambda one: one["best"][batch]["predicted_speedup"])
+    measured = max(members, key=lambda one: one["best"][batch]["measured_speedup"])
+    reached = predicted["best"][batch]["measured_at_predicted"]
+    return {
+        "predicted": predicted["name"],
+        "measured": measured["name"],
+        "loss": 1 - reached / measured["best"][batch]["measured_speedup"],
+    }
+
+
+def _interval(laws: FittedLaws, value: float, *errors: float) -> list[float]:
+    """Bounds of a positive value from independent relative errors."""
+    low, high = _bounds(laws, math.log(value), math.hypot(*errors))
+    return [math.exp(low), math.exp(high)]
+
+
+def _bounds(laws: FittedLaws, value: float, error: float) -> tuple[float, float]:
+    """As far on both sides as Student's t says: errors come from as many shapes as were fitted."""
+    reach = costmodel.t_quantile(0.5 + COVERAGE / 2, laws.num_shapes - 1) * error
+    return value - reach, value + reach
+
+
+def _relative(points: Sequence[Row], quantity: str, kind: str) -> np.ndarray:
+    return np.array([point[quantity][kind] / point[quantity]["measured"] - 1 for point in points])
+
+
+def _errors(errors: np.ndarray) -> dict[str, float]:
+    """Of relative errors."""
+    return {
+        "median": float(np.median(np.abs(errors))),
+        "worst": float(np.max(np.abs(errors))),
+        "mean": float(np.mean(errors)),
+    }
