@@ -48,7 +48,9 @@ class Fit(NamedTuple):
     predicted: np.ndarray  # [n]
     mean_relative_error: float  # mean of |predicted / measured - 1|
     max_relative_error: float
-    # The same of rows predicted by a fit without their group. NaN where no such fit is determined.
+    # [n] Of rows predicted by a fit without their group; NaN where no such fit is determined.
+    held_out: np.ndarray
+    # The same errors of these.
     held_out_error: float
     held_out_max_error: float
     num_held_out: int  # rows that could be predicted so, of n
@@ -146,6 +148,7 @@ def solve(
         predicted=model.to_measurement(predicted),
         mean_relative_error=float(relative.mean()) if len(relative) else math.nan,
         max_relative_error=float(relative.max()) if len(relative) else math.nan,
+        held_out=model.to_measurement(held_out),
         held_out_error=float(relative_out.mean()) if len(relative_out) else math.nan,
         held_out_max_error=float(relative_out.max()) if len(relative_out) else math.nan,
         num_held_out=len(relative_out),

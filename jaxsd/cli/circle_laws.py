@@ -97,20 +97,12 @@ def best_loss_law(rows: Sequence[Row]) -> Known:
             "embeddings_counted": counted,
         }
 
-        def fit(some: Sequence[Row], form=form, exponents=exponents, counted=counted) -> Any:
-            return fit_loss(some, form, exponents, counted)
-
         try:
-            whole = fit(rows)
-            errors = [
-                predict_loss(law.result, row) - row["loss"]
-                for law, left in _without_each_shape(rows, fit)
-                for row in left
-            ]
+            whole = fit_loss(rows, form, exponents, counted)
+            off = _held_out_error(whole, [row["loss"] for row in rows])
         except ValueError as error:
             candidates.append({**described, "problem": str(error)})
             continue
-        off = _root_mean_square(errors)
         candidates.append({**described, "error": off, **_numbers(whole)})
         if best is None or off < best[0]:
             best = off, whole.result
@@ -131,6 +123,7 @@ def fit_loss(rows: Sequence[Row], form: Any, exponents: Any, counted: float) -> 
         form=form,
         exponents=exponents,
         embeddings_counted=counted,
+        groups=_shapes(rows),
     )
 
 
@@ -151,29 +144,19 @@ def best_alpha_law(rows: Sequence[Row], alphas: Sequence[float], target_perplexi
     """The form of alpha by perplexity that predicts best shapes that it was fitted without."""
     candidates: list[dict[str, Any]] = []
     best: tuple[float, Any] | None = None
-    pairs = [{**row, "alpha": alpha} for row, alpha in zip(rows, alphas, strict=True)]
     for form in ALPHA_FORMS:
-
-        def fit(some: Sequence[Row], form=form) -> Any:
-            return costmodel.fit_acceptance(
-                [row["perplexity"] for row in some],
-                target_perplexity,
-                [row["alpha"] for row in some],
-                form,
-            )
-
         try:
-            whole = fit(pairs)
-            errors = [
-                float(costmodel.acceptance(law.result, row["perplexity"], target_perplexity))
-                - row["alpha"]
-                for law, left in _without_each_shape(pairs, fit)
-                for row in left
-            ]
+            whole = costmodel.fit_acceptance(
+                [row["perplexity"] for row in rows],
+                target_perplexity,
+                alphas,
+                form,
+                groups=_shapes(rows),
+            )
+            off = _held_out_error(whole, alphas)
         except ValueError as error:
             candidates.append({"form": form, "problem": str(error)})
             continue
-        off = _root_mean_square(errors)
         candidates.append({"form": form, "error": off, **_numbers(whole)})
         if best is None or off < best[0]:
             best = off, whole.result
@@ -199,18 +182,18 @@ def position_law(
 
     whole = fit(pairs)
     errors = [
-        np.log(tokens_of_round(plan, found.law, row["perplexity"])) - np.log(row["tokens"])
+        np.log(tokens_of_round(plan, found.result, row["perplexity"])) - np.log(row["tokens"])
         for found, left in _without_each_shape(pairs, fit)
         for row in left
     ]
     by_length = np.sqrt(np.mean(np.square(errors), axis=0))
     candidate = {
         "form": "position",
-        "slopes": np.asarray(whole.law.slopes).tolist(),
-        "intercepts": np.asarray(whole.law.intercepts).tolist(),
+        "slopes": np.asarray(whole.result.slopes).tolist(),
+        "intercepts": np.asarray(whole.result.intercepts).tolist(),
         "error": float(by_length[-1]),
     }
-    return Known(whole.law, float(by_length[-1]), [candidate]), by_length
+    return Known(whole.result, float(by_length[-1]), [candidate]), by_length
 
 
 def tokens_of_round(plan: Plan, law: Any, perplexity: float) -> np.ndarray:
@@ -293,6 +276,23 @@ def along_the_way(laws: FittedLaws, family: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def _shapes(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """A label for each row: rows of one shape are held out together."""
+    return [(row["d_model"], row["n_layers"]) for row in rows]
+
+
+def _held_out_error(fit: costmodel.Fit, measured: Sequence[float]) -> float:
+    """Root mean square of what a fit without each shape misses there.
+
+    Raises:
+      ValueError: without one of the shapes the rest determines nothing.
+    """
+    errors = fit.held_out - np.asarray(measured, np.float64)
+    if not np.isfinite(errors).all():
+        raise ValueError("without one of the shapes the others do not determine it")
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
 def _without_each_shape(
     rows: Sequence[Row], fit: Callable[[Sequence[Row]], Any]
 ) -> list[tuple[Any, list[Row]]]:
@@ -322,7 +322,3 @@ def _numbers(fit: costmodel.Fit) -> dict[str, Any]:
         "residual_error": float(fit.residual_error),
         "r_squared": float(fit.r_squared),
     }
-
-
-def _root_mean_square(errors: Sequence[float]) -> float:
-    return float(np.sqrt(np.mean(np.square(errors))))
