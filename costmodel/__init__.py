@@ -49,6 +49,7 @@ from .fit import (
     fit_linear,
 )
 from .fit_losses import fit_loss
+from .fit_positions import PositionFit, fit_position_acceptance, tokens_interval
 from .fit_times import TimedPass, fit_pass_times
 from .hardware import (
     Chip,
@@ -76,6 +77,7 @@ from .laws import (
     AcceptanceLaw,
     AnyAcceptanceLaw,
     AnyLossLaw,
+    AnyPositionLaw,
     Extrapolation,
     KaplanLossLaw,
     Laws,
@@ -85,7 +87,6 @@ from .laws import (
     MeasuredAcceptance,
     PerplexityRange,
     PerplexityScale,
-    PositionAcceptance,
     PowerAcceptanceLaw,
     ShapeLossLaw,
     acceptance,
@@ -136,6 +137,7 @@ from .markov_batch import (
     uniform_batch_improvement,
 )
 from .markov_block import expected_block_calls, rejections_per_token, round_acceptance
+from .position_laws import PositionAcceptance, PositionAcceptanceLaw
 from .rates import (
     acceptance_length_to_alpha,
     acceptance_length_to_rate,
@@ -251,6 +253,7 @@ __all__ = [
     "AnyChain",
     "AnyLengthCurve",
     "AnyLossLaw",
+    "AnyPositionLaw",
     "AnyRoundTimes",
     "BatchRejections",
     "BiasSpeedFront",
@@ -290,7 +293,9 @@ __all__ = [
     "PerplexityRange",
     "PerplexityScale",
     "PositionAcceptance",
+    "PositionAcceptanceLaw",
     "PositionCurve",
+    "PositionFit",
     "PowerAcceptanceLaw",
     "PowerCurve",
     "Problem",
@@ -354,6 +359,7 @@ __all__ = [
     "fit_linear_times",
     "fit_loss",
     "fit_pass_times",
+    "fit_position_acceptance",
     "fit_token_times",
     "flat_region",
     "gamma_trace",
@@ -420,6 +426,7 @@ __all__ = [
     "table_slope_ratios",
     "throughput",
     "token_seconds",
+    "tokens_interval",
     "total_variation",
     "training_flops",
     "training_tokens",

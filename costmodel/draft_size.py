@@ -22,6 +22,7 @@ from ._inputs import (
 from .laws import (
     CLIP_MARGIN,
     SDSL,
+    AnyPositionLaw,
     Laws,
     acceptance,
     perplexity,
@@ -86,7 +87,8 @@ def optimal_draft_size(
       four digits).
 
     Raises:
-      ValueError: an argument, or a constant of the laws, is outside its range or NaN.
+      ValueError: an argument, or a constant of the laws, is outside its range or NaN; or
+        acceptance is by position, for which `search` finds the best draft.
 
     Example:
       >>> from jaxsd import costmodel
@@ -103,6 +105,11 @@ def optimal_draft_size(
         require("gamma", gamma, NON_NEGATIVE)
     laws.loss.check()
     laws.acceptance.check()
+    if isinstance(laws.acceptance, AnyPositionLaw):
+        raise ValueError(
+            f"laws.acceptance is a {type(laws.acceptance).__name__}: this optimum rests on one "
+            "alpha for all positions; use costmodel.search"
+        )
     problem = _Problem(target_parameters, target_tokens, draft_tokens, laws, gamma)
     if is_traced(problem):
         return _solve(problem)

@@ -16,10 +16,10 @@ from ._inputs import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, as_floats, require
 from .hardware import Chip, PassTime, Stack, check_chip, check_stack, kv_copies, pass_time
 from .laws import (
     SHAPE_AWARE_SDSL,
+    AnyPositionLaw,
     Extrapolation,
     Laws,
     LossRange,
-    PositionAcceptance,
     acceptance,
     outside,
     outside_clip,
@@ -317,16 +317,18 @@ def _predict(design: Design, target: Target, laws: Laws) -> _Predicted:
 
 def _tokens_per_round(laws: Laws, predicted: _Predicted, gamma: Array) -> tuple[Array, Array]:
     """Tokens per round and alpha; of acceptance by position, the alpha that yields as much."""
-    law = laws.acceptance
-    if not isinstance(law, PositionAcceptance):
-        alpha = acceptance(law, predicted.draft_perplexity, predicted.target_perplexity)
+    law, asked = laws.acceptance, (predicted.draft_perplexity, predicted.target_perplexity)
+    if not isinstance(law, AnyPositionLaw):
+        alpha = acceptance(law, *asked)
         return expected_tokens(alpha, gamma), alpha
     law.check()
-    tokens = expected_tokens_by_position(law.by_position, gamma)
+    shares = law.shares(*as_floats(*asked))
+    tokens = expected_tokens_by_position(shares, gamma)
+    tokens, gamma, first = as_floats(tokens, gamma, shares[..., 0])
     drafting = gamma > 0
     length = jnp.where(drafting, tokens, 1)
     alpha = acceptance_length_to_alpha(length, jnp.where(drafting, gamma, 1))
-    return tokens, jnp.where(drafting, alpha, jnp.asarray(law.by_position, alpha.dtype)[0])
+    return tokens, jnp.where(drafting, alpha, first)
 
 
 def _transfer_seconds(

@@ -7,7 +7,7 @@ NamedTuple of numbers with the range that it was fitted on; outside it stays smo
 `extrapolation` says how far outside a question lies.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +76,18 @@ class AnyAcceptanceLaw(Protocol):
 
     def check(self) -> None:
         """Raises ValueError if a number of the law is out of range."""
+        ...
+
+
+@runtime_checkable
+class AnyPositionLaw(AnyAcceptanceLaw, Protocol):
+    """What an acceptance law by position offers besides; its `predict` is the first share."""
+
+    def shares(self, draft_perplexity: Array, target_perplexity: Array) -> Array:
+        """`[..., K]` shares of rounds that accept at least 1, 2, ..., K tokens: in [0, 1], falling.
+
+        From arrays of one dtype and one shape.
+        """
         ...
 
 
@@ -250,31 +262,6 @@ class MeasuredAcceptance(NamedTuple):
     def check(self) -> None:
         """Raises ValueError unless alpha is a probability."""
         require("MeasuredAcceptance.alpha", self.alpha, PROBABILITY)
-
-
-class PositionAcceptance(NamedTuple):
-    """Acceptance measured by position, as the decoder reports it: not every position is alike."""
-
-    # [K] share of rounds in which at least 1, 2, ..., K tokens were accepted; falling.
-    by_position: Number
-    fitted: PerplexityRange = PerplexityRange()
-
-    def predict(self, draft_perplexity: Array, target_perplexity: Array) -> Array:
-        """Acceptance at the first position."""
-        positions = jnp.asarray(self.by_position)
-        return as_floats(positions[..., 0], draft_perplexity, target_perplexity)[0]
-
-    def check(self) -> None:
-        """Raises ValueError unless the shares are probabilities that do not rise."""
-        shape = np.shape(self.by_position)
-        if len(shape) != 1 or shape[0] == 0:
-            raise ValueError(f"PositionAcceptance.by_position of shape {shape} must have shape [K]")
-        require("PositionAcceptance.by_position", self.by_position, PROBABILITY)
-        require(
-            "PositionAcceptance.by_position",
-            self.by_position,
-            (lambda x: np.diff(x, prepend=1.0) <= 0, "shares of rounds that do not rise"),
-        )
 
 
 class PerplexityScale(NamedTuple):
@@ -474,13 +461,16 @@ def acceptance(
         PowerAcceptanceLaw  alpha = coefficient * x^exponent
         MeasuredAcceptance  alpha
 
+    A law by position, `PositionAcceptance` or `PositionAcceptanceLaw`, holds probabilities already
+    and answers with the first, unbent.
+
     Args:
       law: the constants; standard errors are not used here.
       draft_perplexity: x, at least 1.
       target_perplexity: y, at least 1; broadcasts against `draft_perplexity`.
 
     Returns:
-      Probability in (0, 1); of `PositionAcceptance`, that at the first position.
+      Probability in (0, 1); of a law by position, that at the first position.
 
     Raises:
       ValueError: a perplexity is below 1, or a number of the law is out of range.
@@ -496,7 +486,7 @@ def acceptance(
     require("draft_perplexity", draft_perplexity, AT_LEAST_ONE)
     require("target_perplexity", target_perplexity, AT_LEAST_ONE)
     raw = law.predict(*as_floats(draft_perplexity, target_perplexity))
-    if isinstance(law, MeasuredAcceptance | PositionAcceptance):
+    if isinstance(law, MeasuredAcceptance | AnyPositionLaw):
         return raw  # a probability already, 0 and 1 included
     return _soft_clip(raw)
 
@@ -618,7 +608,10 @@ def calibrate_acceptance(
         return law._replace(coefficient=law.coefficient * measured.mean() / predicted.mean())
     if isinstance(law, AcceptanceLaw | LogAcceptanceLaw):
         return law._replace(intercept=law.intercept + (measured - predicted).mean())
-    raise ValueError(f"law is a {type(law).__name__}, which has no intercept to calibrate")
+    name = type(law).__name__
+    if isinstance(law, AnyPositionLaw):
+        raise ValueError(f"law is a {name}: one alpha does not say how to move every position")
+    raise ValueError(f"law is a {name}, which has no intercept to calibrate")
 
 
 def outside(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> Array:
@@ -630,7 +623,7 @@ def outside(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> Array:
 def outside_clip(law: AnyAcceptanceLaw, x: Array, y: Array) -> Array:
     """By how much the law's own alpha lies outside the interval in which it is left as it is."""
     raw = law.predict(x, y)
-    if isinstance(law, MeasuredAcceptance | PositionAcceptance):
+    if isinstance(law, MeasuredAcceptance | AnyPositionLaw):
         return jnp.zeros_like(raw)
     return jnp.maximum(raw - (1 - CLIP_MARGIN), 0) + jnp.minimum(raw - CLIP_MARGIN, 0)
 
