@@ -93,7 +93,7 @@ def fit_position_acceptance(
       >>> shares = [[0.8, 0.67, 0.57], [0.72, 0.56, 0.45], [0.65, 0.47, 0.36], [0.6, 0.42, 0.3]]
       >>> fit = costmodel.fit_position_acceptance([10.0, 16.0, 24.0, 30.0], shares)
       >>> fit.result.slopes.round(2).tolist()
-      [-0.88, -0.79, -0.74]
+      [-0.88, -0.73, -0.72]
 
     Source: SDSL, arXiv 2603.11053, eq. 5, for acceptance as a function of perplexity; Zellner, J.
     American Statistical Association 57 (1962) 348, for regressions whose errors go together.
@@ -115,7 +115,11 @@ def fit_position_acceptance(
     held_out = _hold_out(matrix, logits, group_labels(groups, len(x)))
     errors_out = np.abs(held_out / tokens - 1)[np.isfinite(held_out)]
     return PositionFit(
-        result=PositionAcceptanceLaw(*coefficients, PerplexityRange(*range_of(x))),
+        result=PositionAcceptanceLaw(
+            slopes=coefficients[0],
+            intercepts=coefficients[1],
+            fitted=PerplexityRange(*range_of(x)),
+        ),
         standard_errors=np.stack([fit.standard_errors for fit in fits]),
         intervals=np.stack([fit.intervals for fit in fits]),
         covariance=np.kron(np.linalg.inv(matrix.T @ matrix), scatter),
@@ -158,7 +162,7 @@ def tokens_interval(
       scatter as far as the fitted drafts had them.
 
     Raises:
-      ValueError: an argument is outside its range or NaN.
+      ValueError: an argument is not one number, outside its range or NaN.
 
     Example:
       >>> from jaxsd import costmodel
@@ -170,11 +174,13 @@ def tokens_interval(
 
     Source: the delta method; Student's t because one combination of positions is one regression.
     """
+    drafted = len(fit.residual_error) if gamma is None else gamma
+    for name, value in (("draft_perplexity", draft_perplexity), ("gamma", drafted)):
+        if np.ndim(value):
+            raise ValueError(f"{name} of shape {np.shape(value)} must be one number")
     require("draft_perplexity", draft_perplexity, AT_LEAST_ONE)
-    num_positions = len(fit.residual_error)
-    length = float(num_positions if gamma is None else gamma)
-    require("gamma", length, POSITIVE)
-    row = np.array([math.log(draft_perplexity), 1.0])
+    require("gamma", drafted, POSITIVE)
+    length, row = float(drafted), np.array([math.log(draft_perplexity), 1.0])
     logits = row @ np.stack([fit.result.slopes, fit.result.intercepts])
     with float64_on_host():
         value, slopes = jax.device_get(_ACCEPTED(logits, length))

@@ -270,6 +270,10 @@ def with_share(row, place, value):
             lambda fit: costmodel.tokens_interval(fit(X, GOOD), 9.0, 0),
             "gamma=0 must be positive and finite",
         ),
+        (
+            lambda fit: costmodel.tokens_interval(fit(X, GOOD), X),
+            r"draft_perplexity of shape \(9,\) must be one number",
+        ),
     ],
 )
 def test_wrong_rows_are_refused_by_name(call, message):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import enable_x64
 from examples import DRAFT, FOUR_H100, LLAMA_1B, LLAMA_70B, TARGET
 from gradients import assert_gradient_is_a_difference
 from hypothesis import given
@@ -57,6 +56,10 @@ def test_shares_are_products_of_odds_that_are_powers_of_perplexity(x64):
     np.testing.assert_allclose(shares, expected, rtol=1e-13)
     first = costmodel.acceptance(LAW, x, 7.0)
     np.testing.assert_array_equal(first, shares[..., 0])
+    certain = costmodel.PositionAcceptanceLaw(SLOPES, INTERCEPTS + 6)
+    first = costmodel.acceptance(certain, x, 7.0)
+    assert float(first[0, 0]) > 0.999  # not bent
+    np.testing.assert_array_equal(first, shares_of(certain, x)[..., 0])
 
 
 def test_equal_positions_are_one_alpha(x64):
@@ -128,9 +131,12 @@ def test_tokens_per_round_are_the_sum_of_the_shares_at_the_predicted_perplexity(
     same = estimate(constants, DRAFT._replace(gamma=gammas))
     np.testing.assert_allclose(same.speedup, result.speedup, rtol=1e-12)
     distance = np.log(perplexity / 2)
-    narrow = LAWS._replace(acceptance=LAW._replace(fitted=costmodel.PerplexityRange(1.0, 2.0)))
-    far = estimate(narrow, DRAFT._replace(gamma=gammas)).extrapolation
+    narrow = costmodel.PositionAcceptanceLaw(
+        SLOPES, INTERCEPTS + 6, costmodel.PerplexityRange(1.0, 2.0)
+    )
+    far = estimate(LAWS._replace(acceptance=narrow), DRAFT._replace(gamma=gammas)).extrapolation
     assert float(far.draft_perplexity) == pytest.approx(distance, rel=1e-9)
+    assert float(far.alpha) == 0  # nothing is bent, however certain
 
 
 def test_gradients_of_the_throughput_match_finite_differences(x64):
@@ -216,14 +222,15 @@ def test_search_equals_a_grid():
 
 def test_elasticities_take_every_position():
     """Of a field with one number per position: what one percent more of all of them changes."""
-    laws = jax.tree.map(float, costmodel.SDSL)._replace(acceptance=LAW)
-    table = costmodel.elasticities(DRAFT, TARGET, FOUR_H100, LOAD, laws)
-    with enable_x64():
-        ends = [
-            np.log(float(estimate(laws._replace(acceptance=moved)).speedup))
-            for sign in (1, -1)
-            for moved in [LAW._replace(intercepts=INTERCEPTS * (1 + 1e-5 * sign))]
-        ]
+    design = DRAFT._replace(gamma=3.0)
+    table = costmodel.elasticities(design, TARGET, FOUR_H100, LOAD, LAWS)
+    size = costmodel.parameters_total(DRAFT.shape)
+    x = float(costmodel.perplexity(costmodel.BESIROGLU, size, DRAFT.tokens))
+    # Of the speed-up, the law moves the tokens per round alone.
+    ends = [
+        np.log(1 + sum(slow_shares(SLOPES, INTERCEPTS * (1 + 1e-5 * sign), x)[:3]))
+        for sign in (1, -1)
+    ]
     expected = (ends[0] - ends[1]) / 2e-5
     assert table["laws.acceptance.intercepts"] == pytest.approx(expected, rel=1e-5)
     assert not any(".fitted." in name for name in table)

@@ -99,7 +99,7 @@ def compare_member(
         speed = measured["speed"][str(batch)]
         for index, length in enumerate(plan.lengths):
             one = speed["by_length"][index]
-            times = rounds[batch]["plain"] / rounds[batch]["seconds"][index]
+            times = rounds[batch]["plain"] / float(rounds[batch]["seconds"][index])
             exact = measured["tokens"][name][index]
             from_sizes = float(predicted.tokens[index] * times)
             # The measurement is off too, and its error is no fault of the prediction.
