@@ -3,10 +3,17 @@
 import dataclasses
 import json
 import pathlib
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import jax
 import tyro
+
+if TYPE_CHECKING:
+    from .circle_plan import Member, Plan
+    from .circle_study import Study
+
+FAMILY = "family"
 
 Folder = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
 
@@ -40,152 +47,180 @@ def circle(
       The report; JSON values.
 
     Raises:
-      ValueError: an argument is wrong, or the folder holds another study, in one line.
+      ValueError: an argument is wrong, matplotlib is not installed, or the folder holds another
+        study, in one line.
     """
+    from . import reproduction
     from .circle_plan import BUDGETS, EMBEDDED
     from .circle_study import Study
 
+    reproduction.require_matplotlib()
     plan = dataclasses.replace(BUDGETS[device_budget], seed=seed)
     if target != EMBEDDED:
         plan = dataclasses.replace(plan, target_config=None, target_steps=0)
     return run(plan, Study(pathlib.Path(out), progress), target, corpus)
 
 
-def run(plan: Any, study: Any, target: str, corpus: str | None) -> dict[str, Any]:
+class Work(NamedTuple):
+    """What every stage needs."""
+
+    plan: "Plan"
+    study: "Study"
+    asked: dict[str, Any]  # plan, target and corpus, as JSON
+    folder: pathlib.Path  # of the target
+    target: Any  # checkpoint.Pretrained
+    text: Any  # circle_family.Text
+    base: dict[str, Any]  # what all stages are made from
+
+
+def run(plan: "Plan", study: "Study", target: str, corpus: str | None) -> dict[str, Any]:
     """All stages of a plan, those that are done already excepted.
 
     Raises:
       ValueError: the folder holds a study of another plan, or of another device.
     """
+    from . import circle_family, circle_measure, circle_times
+
+    work = prepare(plan, study, target, corpus)
+    timed = study.stage(
+        "times", work.base, lambda: circle_times.calibrate(plan, study, work.target)
+    )
+    about_target = study.stage(
+        "texts",
+        work.base,
+        lambda: {
+            "loss": circle_family.held_out_loss(work.target, work.text.windows),
+            **circle_measure.write_texts(plan, work.target, work.text.prompts),
+        },
+    )
+    family = {member.name: train(work, member) for member in plan.members}
+    measured: dict[str, Any] = {}
+    for shape in dict.fromkeys(member.shape_name for member in plan.members):
+        rows = [family[one.name] for one in plan.members if one.shape_name == shape]
+        measured |= measure(work, shape, rows, about_target)
+    return conclude(work, timed, about_target, list(family.values()), measured)
+
+
+def prepare(plan: "Plan", study: "Study", target: str, corpus: str | None) -> Work:
+    """Claims the folder, and reads or trains the target.
+
+    Raises:
+      ValueError: the folder holds another study, or target or corpus cannot be read.
+    """
     from jaxsd.models import checkpoint
 
-    from . import (
-        circle_design,
-        circle_family,
-        circle_laws,
-        circle_measure,
-        circle_plan,
-        circle_predict,
-        circle_report,
-        circle_times,
-        info,
-        pair,
-    )
-    from .circle_plan import EMBEDDED, Member
+    from . import circle_family, info, pair
+    from .circle_plan import EMBEDDED
     from .circle_study import PLAN_STAGE
 
     asked = {"plan": plan.to_dict(), "target": target, "corpus": corpus}
     device = info.describe_device()
     claim(study, asked, device)
-    study.stage(
-        PLAN_STAGE,
-        asked,
-        lambda: {
-            **asked,
-            "device": device,
-            "members": [member._asdict() | {"name": member.name} for member in plan.members],
-        },
-    )
+    members = [member._asdict() | {"name": member.name} for member in plan.members]
+    study.stage(PLAN_STAGE, asked, lambda: {**asked, "device": device, "members": members})
     study.expect(_weights(plan))
-
     folder = pair.EMBEDDED_TARGET if target == EMBEDDED else pathlib.Path(target)
     if plan.target_config is not None:
+        out = study.folder / "target"
         trained = study.stage(
             "target",
             asked,
-            lambda: {
-                "folder": str(circle_family.train_target(plan, study.folder / "target", corpus))
-            },
+            lambda: {"folder": str(circle_family.train_target(plan, out, corpus))},
         )
         folder = pathlib.Path(trained["folder"])
     loaded = checkpoint.load_model(folder)
     text = circle_family.read_text(plan, corpus, loaded.tokenizer)
     base = {**asked, "device": device, "text": text.tokens.fingerprint}
-    timed = study.stage("times", base, lambda: circle_times.calibrate(plan, study, loaded))
-    about_target = study.stage(
-        "texts",
-        base,
-        lambda: {
-            "loss": circle_family.held_out_loss(loaded, text.windows),
-            **circle_measure.write_texts(plan, loaded, text.prompts),
-        },
+    return Work(plan, study, asked, folder, loaded, text, base)
+
+
+def train(work: Work, member: "Member") -> dict[str, Any]:
+    """A member of the family, as `circle_family.train_member` returns it."""
+    from . import circle_family
+
+    out = work.study.folder / FAMILY / member.name
+    return work.study.stage(
+        f"{FAMILY}/{member.name}",
+        [work.base, member._asdict()],
+        lambda: circle_family.train_member(
+            work.plan, member, out, str(work.folder), work.target, work.text
+        ),
     )
 
-    def train(member: Member) -> dict[str, Any]:
-        out = study.folder / "family" / member.name
-        return study.stage(
-            f"family/{member.name}",
-            [base, member._asdict()],
-            lambda: circle_family.train_member(
-                plan, member, out, str(folder), loaded, text, show_progress=False
-            ),
+
+def measure(
+    work: Work, name: str, rows: Sequence[dict[str, Any]], about_target: dict[str, Any]
+) -> dict[str, Any]:
+    """What is measured of trained members of one shape, by their names."""
+    from jaxsd.models import checkpoint
+
+    from . import circle_measure
+
+    def make() -> dict[str, Any]:
+        family = work.study.folder / FAMILY
+        drafts = {
+            row["name"]: checkpoint.load_model(family / row["name"] / "model") for row in rows
+        }
+        found = circle_measure.measure_shape(
+            work.plan,
+            work.study,
+            work.target,
+            drafts,
+            work.text.prompts,
+            work.text.windows,
+            about_target["texts"],
         )
+        jax.clear_caches()  # programs of one shape are of no use to the next
+        return found
 
-    def measure(name: str, members: list[Member]) -> dict[str, Any]:
-        rows = {member.name: train(member) for member in members}
+    return work.study.stage(f"measured/{name}", [work.base, list(rows), about_target], make)
 
-        def make() -> dict[str, Any]:
-            drafts = {
-                one: checkpoint.load_model(study.folder / "family" / one / "model") for one in rows
-            }
-            found = circle_measure.measure_shape(
-                plan, study, loaded, drafts, text.prompts, text.windows, about_target["texts"]
-            )
-            jax.clear_caches()
-            return found
 
-        return study.stage(f"measured/{name}", [base, rows, about_target], make)
+def conclude(
+    work: Work,
+    timed: dict[str, Any],
+    about_target: dict[str, Any],
+    family: Sequence[dict[str, Any]],
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """Fits, predicts, designs a draft, trains and measures it, and reports."""
+    from . import circle_design, circle_laws, circle_predict, circle_report, circle_times
+    from .circle_plan import Member, config_of
 
-    family = [train(member) for member in plan.members]
-    by_shape: dict[str, list[Member]] = {}
-    for member in plan.members:
-        by_shape.setdefault(member.shape_name, []).append(member)
-    measured = {
-        name: one
-        for shape, members in by_shape.items()
-        for name, one in measure(shape, members).items()
-    }
-
+    plan = work.plan
     calibration = circle_times.fit_times(plan, timed)
     laws = circle_laws.fit_laws(plan, family, measured, about_target["loss"])
-    configs = {
-        row["name"]: circle_plan.config_of(
-            plan, loaded.config.vocab_size, row["d_model"], row["n_layers"]
-        )
-        for row in family
-    }
-    compared = [
-        circle_predict.compare_member(
-            plan, laws, calibration, row, configs[row["name"]], measured[row["name"]]
-        )
-        for row in family
-    ]
-    upstream = [base, timed, about_target, family, measured]
-    designed = study.stage(
+
+    def compare(row: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+        shape = row["d_model"], row["n_layers"]
+        config = config_of(plan, work.target.config.vocab_size, *shape)
+        return circle_predict.compare_member(plan, laws, calibration, row, config, found)
+
+    compared = [compare(row, measured[row["name"]]) for row in family]
+    designed = work.study.stage(
         "design",
-        upstream,
+        [work.base, timed, about_target, list(family), measured],
         lambda: circle_design.design(
             plan,
             laws,
             calibration,
-            loaded.config,
-            target_tokens(folder, family),
+            work.target.config,
+            target_tokens(work.folder, family),
             family,
         ),
     )
     member = Member(**designed["member"])
-    trained = {one.name: one for one in plan.members}
-    if member.name in trained:
-        own, row = measured[member.name], train(trained[member.name])
-    else:
-        own, row = measure(f"design-{member.name}", [member])[member.name], train(member)
-    config = circle_plan.config_of(plan, loaded.config.vocab_size, *member[:2])
-    about_design = circle_predict.compare_member(plan, laws, calibration, row, config, own)
+    row = next((row for row in family if row["name"] == member.name), None)
+    if row is None:
+        row = train(work, member)
+        found = measure(work, f"design-{member.name}", [row], about_target)[member.name]
+    else:  # the best draft is one that is there
+        found = measured[member.name]
     result = circle_report.assemble(
         plan,
-        study,
-        asked,
-        loaded,
+        work.study,
+        work.asked,
+        work.target,
         timed,
         calibration,
         about_target,
@@ -194,14 +229,14 @@ def run(plan: Any, study: Any, target: str, corpus: str | None) -> dict[str, Any
         laws,
         compared,
         designed,
-        about_design,
+        compare(row, found),
     )
-    circle_report.write(study.folder, result)
+    circle_report.write(work.study.folder, result)
     circle_report.show(result)
     return result
 
 
-def target_tokens(folder: pathlib.Path, family: Any) -> float:
+def target_tokens(folder: pathlib.Path, family: Sequence[dict[str, Any]]) -> float:
     """Tokens the target was trained on, as its folder says; it moves no speed-up of this target.
 
     The law from perplexity to acceptance was fitted to drafts of this one target, so that the
@@ -217,7 +252,7 @@ def target_tokens(folder: pathlib.Path, family: Any) -> float:
     return float(max(row["training_tokens"] for row in family))
 
 
-def claim(study: Any, asked: dict[str, Any], device: str) -> None:
+def claim(study: "Study", asked: dict[str, Any], device: str) -> None:
     """Refuses a folder that holds another study, or one of another device.
 
     Raises:
@@ -247,7 +282,7 @@ def claim(study: Any, asked: dict[str, Any], device: str) -> None:
         )
 
 
-def _weights(plan: Any) -> dict[str, float]:
+def _weights(plan: "Plan") -> dict[str, float]:
     """About how long every stage takes, in seconds of two cores; only their ratios matter."""
     weights = {"times": 400.0, "texts": 30.0}
     if plan.target_config is not None:

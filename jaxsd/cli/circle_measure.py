@@ -45,7 +45,7 @@ def temperature_name(temperature: float) -> str:
 
 def write_texts(plan: Plan, target: checkpoint.Pretrained, prompts: np.ndarray) -> dict[str, Any]:
     """What the target writes by itself after every prompt, `[N, L]` tokens for each temperature."""
-    model = make_model("target", target.config, target.params)
+    model = make_model(target.config, target.params)
     decoder = make_decoder(plan, model, model, 0)
     params = {"target": target.params, "draft": None}
     batch = max(plan.batches)
@@ -85,19 +85,24 @@ def measure_shape(
     found: dict[str, dict[str, Any]] = {name: {} for name in drafts}
     for name, draft in drafts.items():
         found[name] |= _read(plan, target, draft, windows, texts)
+    some = next(iter(drafts.values()))
+    models = [make_model(one.config, one.params) for one in (target, some)]
+    decoders = {length: make_decoder(plan, *models, length) for length in (0, *plan.lengths)}
+    params = {
+        name: {"target": target.params, "draft": draft.params} for name, draft in drafts.items()
+    }
     for batch in plan.batches:
-        decoded = _decode(plan, study, target, drafts, prompts, batch)
+        decoded = _decode(plan, study, decoders, params, prompts, batch)
         for name in drafts:
             found[name].setdefault("speed", {})[str(batch)] = decoded[name]
-    longest = max(plan.lengths)
-    loop = _accept(plan, target, drafts, prompts, longest)
+    loop = _accept(plan, decoders[max(plan.lengths)], params, prompts)
     for name in drafts:
         found[name]["loop"] = loop[name]
     return found
 
 
-def shares_of_rounds(kept: Sequence[np.ndarray], num_tokens: int) -> np.ndarray:
-    """Shares of rounds that accept at least 1, 2, ..., K tokens, `[K]`, in texts of the target.
+def shares_of_rounds(kept: Sequence[np.ndarray], num_tokens: int) -> tuple[np.ndarray, float]:
+    """Shares of rounds that accept at least 1, 2, ..., K tokens, in texts of the target.
 
     Where rounds begin depends on what those before accepted; a place is counted as often as a round
     is expected to begin there, which follows from the first place on. Rounds that the end of a text
@@ -106,6 +111,9 @@ def shares_of_rounds(kept: Sequence[np.ndarray], num_tokens: int) -> np.ndarray:
     Args:
       kept: of every text `[n]`, from `measure.make_kept`.
       num_tokens: K.
+
+    Returns:
+      `[K]` shares, and how many rounds are expected to begin where they are counted.
     """
     counted, total = np.zeros(num_tokens), 0.0
     for row in kept:
@@ -117,7 +125,7 @@ def shares_of_rounds(kept: Sequence[np.ndarray], num_tokens: int) -> np.ndarray:
             begins[place + 1 : place + num_tokens + 2] += begins[place] * ends
             counted += begins[place] * reached
             total += begins[place]
-    return counted / total
+    return counted / total, total
 
 
 def autocorrelation(kept: Sequence[np.ndarray], lag: int) -> float:
@@ -145,7 +153,8 @@ def _read(
     kept_by_draft = measure.make_kept(target, draft)
     place = slice(plan.prompt_length - 1, plan.prompt_length - 1 + plan.new_tokens)
     found: dict[str, dict[str, Any]] = {
-        name: {} for name in ("alpha_of_text", "alpha", "shares", "tokens", "autocorrelation")
+        name: {}
+        for name in ("alpha_of_text", "alpha", "shares", "rounds", "tokens", "autocorrelation")
     }
     for temperature in plan.temperatures:
         name = temperature_name(temperature)
@@ -158,7 +167,8 @@ def _read(
             np.mean([overlap(row[None], temperature)[0][:, place].mean() for row in written])
         )
         kept = [kept_by_draft(row[None], temperature)[0, place] for row in written]
-        found["shares"][name] = shares_of_rounds(kept, max(plan.lengths)).tolist()
+        shares, found["rounds"][name] = shares_of_rounds(kept, max(plan.lengths))
+        found["shares"][name] = shares.tolist()
         found["tokens"][name] = [
             len(kept) * plan.new_tokens / sum(measure.expected_rounds(row, k) for row in kept)
             for k in plan.lengths
@@ -170,8 +180,8 @@ def _read(
 def _decode(
     plan: Plan,
     study: Study,
-    target: checkpoint.Pretrained,
-    drafts: Mapping[str, checkpoint.Pretrained],
+    decoders: Mapping[int, jaxsd.Decoder],
+    params: Mapping[str, Any],
     prompts: np.ndarray,
     batch: int,
 ) -> dict[str, Any]:
@@ -181,18 +191,10 @@ def _decode(
     all of them are timed over the same stretch of text, and all rows of a batch are busy to its
     end, as they are where the next request takes the place of one that is done.
     """
-    whole = make_model("target", target.config, target.params)
-    some = next(iter(drafts.values()))
-    shape = make_model("draft", some.config, some.params)
-    params = {
-        name: {"target": target.params, "draft": draft.params} for name, draft in drafts.items()
-    }
-    decoders: dict[int, jaxsd.Decoder] = {}
     num_rounds: dict[tuple[int, str], int] = {}
     for length in (0, *plan.lengths):
         study.say(f"  batch {batch}: compiling {length} drafted tokens")
-        decoders[length] = make_decoder(plan, whole, shape, length)
-        for name in drafts if length else [next(iter(drafts))]:
+        for name in params if length else [next(iter(params))]:
             turn = _run(plan, decoders[length], params[name], prompts[:batch], _TRIAL_ROUNDS, [-1])
             mean = turn.tokens / (batch * turn.rounds)
             num_rounds[length, name] = max(1, round(plan.new_tokens / mean))
@@ -218,7 +220,7 @@ def _decode(
                 _speed(plain, turns[length, name], length, batch) for length in plan.lengths
             ],
         }
-        for name in drafts
+        for name in params
     }
 
 
@@ -253,29 +255,21 @@ def _round_seconds(turns: Sequence[Turn]) -> float:
 
 
 def _accept(
-    plan: Plan,
-    target: checkpoint.Pretrained,
-    drafts: Mapping[str, checkpoint.Pretrained],
-    prompts: np.ndarray,
-    length: int,
+    plan: Plan, decoder: jaxsd.Decoder, params: Mapping[str, Any], prompts: np.ndarray
 ) -> dict[str, Any]:
     """Acceptance by position as the loop counts it, at every temperature."""
-    batch = max(plan.batches)
-    whole = make_model("target", target.config, target.params)
-    some = next(iter(drafts.values()))
-    decoder = make_decoder(plan, whole, make_model("draft", some.config, some.params), length)
-    found: dict[str, Any] = {name: {} for name in drafts}
-    for name, draft in drafts.items():
-        params = {"target": target.params, "draft": draft.params}
+    batch, length = max(plan.batches), max(plan.lengths)
+    found: dict[str, Any] = {name: {} for name in params}
+    for name, weights in params.items():
         for temperature in plan.temperatures:
             rounds = accepted = drafted = 0
             by_position = np.zeros(length, np.int64)
             for first in range(0, len(prompts), batch):
                 group = prompts[first : first + batch]
                 state = _start(
-                    plan, decoder, params, group, temperature, [first, 1], plan.new_tokens
+                    plan, decoder, weights, group, temperature, [first, 1], plan.new_tokens
                 )
-                stats = decoder.run(params, state, jaxsd.UNTIL_DONE).stats
+                stats = decoder.run(weights, state, jaxsd.UNTIL_DONE).stats
                 rounds += int(np.sum(np.asarray(stats.num_rounds)))
                 accepted += int(np.sum(np.asarray(stats.num_accepted)))
                 drafted += int(np.sum(np.asarray(stats.num_drafted)))

@@ -35,10 +35,10 @@ _NO_OVERHEADS = costmodel.Stack(0.8, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 class Model(NamedTuple):
     """What is timed."""
 
-    name: str
     config: models.Config
     params: Any
     model: Any  # the jaxsd.LanguageModel
+    name: str = ""
 
 
 class Calibration(NamedTuple):
@@ -63,21 +63,21 @@ class Beyond(NamedTuple):
     # are no longer where the processor is quick to find them, and have to be fetched once a round
 
 
-def make_model(name: str, config: models.Config, params: Any) -> Model:
+def make_model(config: models.Config, params: Any, name: str = "") -> Model:
     """A model in float32, which is how the study computes."""
-    return Model(name, config, params, models.language_model(config))
+    return Model(config, params, models.language_model(config), name)
 
 
 def random_draft(plan: Plan, vocab_size: int, shape: tuple[int, int]) -> Model:
     """A draft of a shape that nobody has trained."""
     config = config_of(plan, vocab_size, *shape)
     params = models.init_params(config, jax.random.key(plan.seed))
-    return make_model(shape_name(*shape), config, params)
+    return make_model(config, params, shape_name(*shape))
 
 
 def calibrate(plan: Plan, study: Study, target: checkpoint.Pretrained) -> dict[str, Any]:
     """Times passes and rounds on the default device; JSON values."""
-    whole = make_model(TARGET, target.config, target.params)
+    whole = make_model(target.config, target.params, TARGET)
     drafts = [
         random_draft(plan, target.config.vocab_size, shape) for shape in plan.calibration_shapes
     ]

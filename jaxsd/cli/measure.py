@@ -4,6 +4,7 @@ Every time is the median of several repeats, in which what is compared takes tur
 process on the machine slows all of it alike. Nothing is timed in the call that compiles it.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from jax import Array
 
 import jaxsd
+from jaxsd import models
 from jaxsd.models import checkpoint, transformer
 
 from . import timing
@@ -134,17 +136,7 @@ def make_overlap(
     is sum(min(p, q)), and the target's margin, its largest logit less its second largest.
     """
 
-    @jax.jit
-    def compare(target_params: Any, draft_params: Any, tokens: Array, temperature: Array) -> Any:
-        sampling = jaxsd.Sampling(temperature)
-        target_logits = transformer.forward(target.config, target_params, tokens)
-        draft_logits = transformer.forward(draft.config, draft_params, tokens)
-        probs = (
-            jaxsd.probabilities(target_logits, sampling),
-            jaxsd.probabilities(draft_logits, sampling),
-        )
-        largest, _ = jax.lax.top_k(target_logits, 2)
-        return jnp.minimum(*probs).sum(-1), largest[..., 0] - largest[..., 1]
+    compare = _overlap_program(target.config, draft.config)
 
     def overlap(tokens: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
         return jax.device_get(compare(target.params, draft.params, tokens, np.float32(temperature)))
@@ -162,16 +154,7 @@ def make_kept(
     probability that the draft had proposed it and it was accepted, if it was drafted at all.
     """
 
-    @jax.jit
-    def compare(target_params: Any, draft_params: Any, tokens: Array, temperature: Array) -> Array:
-        sampling = jaxsd.Sampling(temperature)
-        laws = [
-            jaxsd.probabilities(transformer.forward(config, params, tokens), sampling)
-            for config, params in ((target.config, target_params), (draft.config, draft_params))
-        ]
-        following = jnp.roll(tokens, -1, axis=1)[:, :, None]
-        p, q = (jnp.take_along_axis(law, following, axis=2)[:, :, 0] for law in laws)
-        return jnp.minimum(q / jnp.maximum(p, jnp.finfo(p.dtype).tiny), 1)
+    compare = _kept_program(target.config, draft.config)
 
     def kept(tokens: np.ndarray, temperature: float) -> np.ndarray:
         return np.asarray(
@@ -242,3 +225,41 @@ def pad_prompts(token_lists: Sequence[Sequence[int]], multiple: int = 16) -> lis
         padded[0, : len(tokens)] = tokens
         requests.append(Request(padded, len(tokens)))
     return requests
+
+
+# Models of one shape share a program: weights are among its arguments.
+@functools.lru_cache(maxsize=4)
+def _overlap_program(target: models.Config, draft: models.Config) -> Callable[..., Any]:
+    """Overlap and margin `[B, L]`, of both models' weights, tokens and a temperature."""
+
+    @jax.jit
+    def compare(target_params: Any, draft_params: Any, tokens: Array, temperature: Array) -> Any:
+        sampling = jaxsd.Sampling(temperature)
+        target_logits = transformer.forward(target, target_params, tokens)
+        draft_logits = transformer.forward(draft, draft_params, tokens)
+        probs = (
+            jaxsd.probabilities(target_logits, sampling),
+            jaxsd.probabilities(draft_logits, sampling),
+        )
+        largest, _ = jax.lax.top_k(target_logits, 2)
+        return jnp.minimum(*probs).sum(-1), largest[..., 0] - largest[..., 1]
+
+    return compare
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_program(target: models.Config, draft: models.Config) -> Callable[..., Array]:
+    """Chances that the next token is kept `[B, L]`, of the same arguments."""
+
+    @jax.jit
+    def compare(target_params: Any, draft_params: Any, tokens: Array, temperature: Array) -> Array:
+        sampling = jaxsd.Sampling(temperature)
+        laws = [
+            jaxsd.probabilities(transformer.forward(config, params, tokens), sampling)
+            for config, params in ((target, target_params), (draft, draft_params))
+        ]
+        following = jnp.roll(tokens, -1, axis=1)[:, :, None]
+        p, q = (jnp.take_along_axis(law, following, axis=2)[:, :, 0] for law in laws)
+        return jnp.minimum(q / jnp.maximum(p, jnp.finfo(p.dtype).tiny), 1)
+
+    return compare

@@ -142,15 +142,12 @@ def draw(
     Raises:
       ValueError: matplotlib, the extra `plot`, is not installed.
     """
-    try:
-        import cycler  # comes with matplotlib
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Canvas
-    except ImportError:
-        raise ValueError(
-            "drawing needs matplotlib, which is not installed: pip install 'jaxsd[plot]'"
-        ) from None
+    require_matplotlib()
+    import cycler  # comes with matplotlib
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
     style: Any = {**STYLE, "axes.prop_cycle": cycler.cycler(color=COLORS)}
     with matplotlib.rc_context(style):
         canvas = Canvas(figsize=size)
@@ -162,6 +159,16 @@ def draw(
             metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(file.suffix)
             canvas.savefig(file, metadata=metadata)
     return files
+
+
+def require_matplotlib() -> None:
+    """Raises ValueError if nothing can be drawn; for before hours of work, not after."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "drawing needs matplotlib, which is not installed: pip install 'jaxsd[plot]'"
+        ) from None
 
 
 def as_json(reproduction: Reproduction) -> dict[str, Any]:
