@@ -27,11 +27,11 @@ from jaxsd.models import checkpoint, corpus
 VOCAB = corpus.ByteTokenizer.vocab_size
 TARGET_CONFIG = models.Config(VOCAB, 32, 1, 2, 1, 16, 64)
 LAW = costmodel.ShapeLossLaw(
-    costmodel.LossLaw(1.5, 60.0, 0.4, 900.0, 0.45), 0.002, 0.9, reference_aspect_ratio=0.0
+    costmodel.LossLaw(1.2, 60.0, 0.4, 60.0, 0.45), 0.002, 0.9, reference_aspect_ratio=0.0
 )
-# Logits of the conditional acceptance: at ln perplexity 3 about 0.62, 0.66, 0.69.
+# Where one token was accepted, the next is more often.
 POSITIONS = costmodel.PositionAcceptanceLaw(
-    slopes=np.array([-0.9, -0.8, -0.75]), intercepts=np.array([3.2, 3.05, 3.05])
+    slopes=np.array([-0.9, -0.8, -0.75]), intercepts=np.array([3.7, 3.9, 4.1])
 )
 PLAN = dataclasses.replace(
     circle_plan.BUDGETS["smoke"],
@@ -272,6 +272,10 @@ def texts(tmp_path_factory):
         (folder / "texts" / f"{number}.py").write_text(text, encoding="utf-8")
     params = models.init_params(TARGET_CONFIG, jax.random.key(0))
     checkpoint.save_model(folder / "target", TARGET_CONFIG, params, corpus.ByteTokenizer())
+    # A draft may have a share of the target's parameters, and no more.
+    config = dataclasses.replace(TARGET_CONFIG, d_model=256, n_layers=2, d_ff=512)
+    params = models.init_params(config, jax.random.key(0))
+    checkpoint.save_model(folder / "large", config, params, corpus.ByteTokenizer())
     return folder
 
 
@@ -318,7 +322,7 @@ def test_drafts_of_one_shape_are_measured(texts, tmp_path):
 
 def test_passes_and_rounds_are_timed(texts, tmp_path):
     plan = dataclasses.replace(
-        PLAN, lengths=(1, 2), fitted_lengths=(1, 2), calibration_shapes=((16, 1), (32, 2), (48, 1))
+        PLAN, lengths=(1,), fitted_lengths=(1,), calibration_shapes=((48, 1), (16, 1), (32, 2))
     )
     target = checkpoint.load_model(texts / "target")
     study = circle_study.Study(tmp_path, show_progress=False)
@@ -326,12 +330,13 @@ def test_passes_and_rounds_are_timed(texts, tmp_path):
     json.dumps(timed, allow_nan=False)
     kinds = {(one["model"], one["batch"], one["rows"]) for one in timed["passes"]}
     assert kinds == {
-        *(("target", 1, rows) for rows in (1, 2, 3)),
+        *(("target", 1, rows) for rows in (1, 2)),
         *((name, 1, rows) for name in ("w16-l1", "w32-l2", "w48-l1") for rows in (1, 2)),
     }
     assert all(0 < one["lowest"] <= one["highest"] for one in timed["passes"])
     rounds = {(one["length"], one["draft"]) for one in timed["rounds"]}
-    assert rounds == {(0, "w16-l1"), *((k, n) for k in (1, 2) for n in ("w16-l1", "w32-l2"))}
+    # With the smallest draft and with the largest.
+    assert rounds == {(0, "w16-l1"), (1, "w16-l1"), (1, "w48-l1")}
     calibration = circle_times.fit_times(plan, timed)
     config = circle_plan.config_of(plan, VOCAB, 32, 1)
     predicted = circle_predict.predict_rounds(plan, calibration, config)[1]
@@ -372,7 +377,7 @@ def planted_times(plan, study, target):
         where = {"batch": batch, "rows": rows, "context": context, "seconds": float(seconds)}
         passes.append({"model": model.name, "shape": shape, **where})
     rounds = []
-    for draft, length in itertools.product((drafts[0], drafts[1]), (0, *plan.fitted_lengths)):
+    for draft, length in itertools.product(drafts[:2], (0, *plan.fitted_lengths)):
         times = circle_times.round_times(known, circle_times.shape_of(draft.config), 1)
         seconds = float(costmodel.round_seconds(times, 1.0, float(length)))
         rounds.append({"batch": 1, "length": length, "draft": draft.name, "seconds": seconds})
@@ -444,7 +449,7 @@ def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, mo
 
     def run():
         study = circle_study.Study(out, show_progress=False)
-        return circle.run(PLAN, study, str(texts / "target"), str(texts / "texts"))
+        return circle.run(PLAN, study, str(texts / "large"), str(texts / "texts"))
 
     with pytest.raises(KeyboardInterrupt):
         run()

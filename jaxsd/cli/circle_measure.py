@@ -86,8 +86,8 @@ def measure_shape(
     for name, draft in drafts.items():
         found[name] |= _read(plan, target, draft, windows, texts)
     some = next(iter(drafts.values()))
-    models = [make_model(one.config, one.params) for one in (target, some)]
-    decoders = {length: make_decoder(plan, *models, length) for length in (0, *plan.lengths)}
+    whole, shape = (make_model(one.config, one.params) for one in (target, some))
+    decoders = {length: make_decoder(plan, whole, shape, length) for length in (0, *plan.lengths)}
     params = {
         name: {"target": target.params, "draft": draft.params} for name, draft in drafts.items()
     }

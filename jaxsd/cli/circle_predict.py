@@ -68,7 +68,7 @@ def predict_rounds(
         size = np.full(len(lengths), float(batch))
         seconds = np.asarray(costmodel.round_seconds(times, size, lengths))
         verify = [
-            float(calibration.target.pass_seconds(*map(np.float64, (batch, k + 1, plan.context))))
+            circle_times.table_seconds(calibration.target, batch, k + 1, plan.context)
             for k in plan.lengths
         ]
         draft = lengths * circle_times.draft_seconds(calibration, shape, batch, 1)

@@ -9,10 +9,11 @@ beyond from a sum of three terms.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxsd
@@ -121,7 +122,7 @@ def calibrate(plan: Plan, study: Study, target: checkpoint.Pretrained) -> dict[s
     }
 
 
-def fit_times(plan: Plan, timed: dict[str, Any]) -> Calibration:
+def fit_times(plan: Plan, timed: Mapping[str, Any]) -> Calibration:
     """The tables, stacks and lines that timed passes and rounds follow best.
 
     Raises:
@@ -203,7 +204,12 @@ def draft_seconds(calibration: Calibration, shape: costmodel.Shape, batch: int, 
     )
 
 
-def held_out_errors(plan: Plan, timed: dict[str, Any]) -> dict[str, Any]:
+def table_seconds(table: costmodel.TokenTimes, batch: int, rows: int, context: float) -> float:
+    """A pass of the table's model."""
+    return float(table.pass_seconds(jnp.float32(batch), jnp.float32(rows), jnp.float32(context)))
+
+
+def held_out_errors(plan: Plan, timed: Mapping[str, Any]) -> dict[str, Any]:
     """Relative errors of passes predicted without them: the target's points, the drafts' shapes."""
     chip = fit_times(plan, timed).chip
     of_target = [one for one in timed["passes"] if one["model"] == TARGET]
@@ -216,8 +222,8 @@ def held_out_errors(plan: Plan, timed: dict[str, Any]) -> dict[str, Any]:
         if not min(known) <= tokens <= max(known):
             continue
         table = costmodel.fit_token_times(rest)
-        where = (np.float32(one[name]) for name in ("batch", "rows", "context"))
-        found["target"].append(float(table.pass_seconds(*where)) / one["seconds"] - 1)
+        seconds = table_seconds(table, one["batch"], one["rows"], one["context"])
+        found["target"].append(seconds / one["seconds"] - 1)
     inner = {one["model"] for one in of_drafts}
     for name, batch in itertools.product(sorted(inner), plan.batches):
         rest = [one for one in of_drafts if one["model"] != name and one["batch"] == batch]
@@ -350,7 +356,7 @@ def fit_beyond(rows: Sequence[TimedRound]) -> Beyond:
     return Beyond(host, 0.0, 0.0, 0.0)
 
 
-def _rounds(timed: dict[str, Any], bare: Calibration, batch: int) -> list[TimedRound]:
+def _rounds(timed: Mapping[str, Any], bare: Calibration, batch: int) -> list[TimedRound]:
     """The timed rounds of a batch, with their passes as the calibration has them."""
     shapes = {one["model"]: costmodel.Shape(**one["shape"]) for one in timed["passes"]}
     rows = []
