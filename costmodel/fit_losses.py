@@ -11,13 +11,13 @@ from jax import Array
 
 from ._inputs import AT_LEAST_ONE, POSITIVE, require
 from ._least_squares import Fit, Model, Numbers, host_numbers, range_of, solve, value_and_jacobian
-from .laws import KaplanLossLaw, LossLaw, LossRange, ShapeLossLaw
+from .laws import KaplanLossLaw, LossLaw, LossRange, ProductLossLaw, ShapeLossLaw
 
 # A loss is off by a tenth of a percent. A combination of parameters that such errors move by all of
 # its value was not measured, and a fit that needs it is refused.
 _THRESHOLD = 0.001
 
-LossForm = Literal["size", "shape", "kaplan"]
+LossForm = Literal["size", "shape", "kaplan", "product", "product_shape"]
 Exponents = Literal["equal", "shape_free", "free"]
 
 
@@ -42,6 +42,8 @@ def fit_loss(
         size    E + A / N^a + B / D^b
         shape   (E + A / N^a + B / D^b) (1 + e R^h),   R = d_model / n_layers
         kaplan  ((N_c / N)^(a / b) + D_c / D)^b
+        product        c / (N^a D^b)
+        product_shape  c / (N^a D^b) (R / R_0)^h, R_0 the geometric mean of the rows
 
     Which N matters for the shape: wide shallow models have more of their parameters in the token
     table. With all parameters counted, a shape term may stand for that table's share alone, so fit
@@ -61,9 +63,9 @@ def fit_loss(
         example without models of their size. By default every row is a group.
 
     Returns:
-      The fit, whose `result` is a `LossLaw`, `ShapeLossLaw` (reference aspect ratio 0, as Morph's)
-      or `KaplanLossLaw` with the range of the rows. The errors of coefficients and exponents are
-      strongly correlated.
+      The fit, whose `result` is a `LossLaw`, `ShapeLossLaw` (reference aspect ratio 0, as Morph's),
+      `KaplanLossLaw` or `ProductLossLaw` with the range of the rows. The errors of coefficients and
+      exponents are strongly correlated.
 
     Raises:
       ValueError: an argument is outside its range, not finite or of the wrong length, form `shape`
@@ -116,7 +118,7 @@ def fit_loss(
     def make_result(unknowns: np.ndarray) -> Any:
         """The law of those numbers and of the range of the rows."""
         numbers = map(float, _LOSS_NUMBERS[form](tied @ unknowns, centres)[0])
-        return _loss_law(form, list(numbers), embeddings_counted, fitted)
+        return _loss_law(form, list(numbers), float(np.exp(centres[2])), embeddings_counted, fitted)
 
     model = Model(
         evaluate=predict,
@@ -153,12 +155,16 @@ _KINDS = {
     "exponent": _Kind(-10.0, 10.0, False),
     "parameters_scale": _COEFFICIENT,
     "tokens_scale": _COEFFICIENT,
+    "aspect_exponent": _Kind(-10.0, 10.0, False),
 }
 _FIELDS: dict[str, tuple[str, ...]] = {
     "size": LossLaw._fields[:5],
     "shape": (*LossLaw._fields[:5], "coefficient", "exponent"),
     "kaplan": KaplanLossLaw._fields[:4],
+    "product": ProductLossLaw._fields[:3],
+    "product_shape": ProductLossLaw._fields[:4],
 }
+_PRODUCTS = ("product", "product_shape")
 _SIZES_ADVICE = "models of other sizes, trained on the same number of tokens"
 _TOKENS_ADVICE = "the same models trained on other numbers of tokens"
 _SHAPES_ADVICE = "models of the same size with another d_model / n_layers"
@@ -172,6 +178,7 @@ _ADVICE = {
     "tokens_scale": _TOKENS_ADVICE,
     "coefficient": _SHAPES_ADVICE,
     "exponent": _SHAPES_ADVICE,
+    "aspect_exponent": _SHAPES_ADVICE,
 }
 _START_EXPONENTS = (0.15, 0.3, 0.5, 0.8)
 _NUM_STARTS = 4
@@ -205,6 +212,9 @@ def _loss_numbers(form: str, unknowns: Array, centres: Array) -> Array:
     if form == "kaplan":
         size, a, data, b = unknowns
         return jnp.stack([jnp.exp(centres[0] + size / a), a, jnp.exp(centres[1] + data / b), b])
+    if form in _PRODUCTS:
+        value, a, b = unknowns[:3]
+        return jnp.stack([jnp.exp(value + a * centres[0] + b * centres[1]), a, b, *unknowns[3:]])
     irreducible, size, a, data, b = unknowns[:5]
     numbers = [irreducible, jnp.exp(size + a * centres[0]), a, jnp.exp(data + b * centres[1]), b]
     if form == "shape":
@@ -213,8 +223,13 @@ def _loss_numbers(form: str, unknowns: Array, centres: Array) -> Array:
     return jnp.stack(numbers)
 
 
-def _loss_law(form: str, numbers: Any, embeddings_counted: Any, fitted: LossRange) -> Any:
-    """The law of a form from its numbers."""
+def _loss_law(
+    form: str, numbers: Any, reference: Any, embeddings_counted: Any, fitted: LossRange
+) -> Any:
+    """The law of a form from its numbers; the reference aspect ratio is that of products."""
+    if form in _PRODUCTS:
+        exponent = numbers[3] if form == "product_shape" else 0.0
+        return ProductLossLaw(*numbers[:3], exponent, reference, embeddings_counted, fitted)
     if form == "kaplan":
         return KaplanLossLaw(*numbers, embeddings_counted=embeddings_counted, fitted=fitted)
     law = LossLaw(*numbers[:5], embeddings_counted=embeddings_counted, fitted=fitted)
@@ -228,7 +243,8 @@ def _losses(
     form: str, unknowns: Array, centres: Array, sizes: Array, data: Array, ratio: Array
 ) -> Array:
     """The loss of every model."""
-    law = _loss_law(form, _loss_numbers(form, unknowns, centres), 1.0, LossRange())
+    numbers, reference = _loss_numbers(form, unknowns, centres), jnp.exp(centres[2])
+    law = _loss_law(form, numbers, reference, 1.0, LossRange())
     return law.predict(sizes, data, ratio)
 
 
@@ -248,7 +264,13 @@ def _loss_starts(
     ratio: np.ndarray,
 ) -> np.ndarray:
     """[s, p] The best of a grid of exponents, for each of which the other numbers are linear."""
-    del ratio
+    if form in _PRODUCTS:
+        columns = [x - c for x, c in zip(np.log([sizes, data, ratio]), centres, strict=True)]
+        used = [np.ones_like(sizes), *columns][: 3 if form == "product" else 4]
+        found = np.linalg.lstsq(np.stack(used, 1), np.log(measured), rcond=None)[0]
+        # Loss falls with size and data: what noise has rise starts flat.
+        found[1:3] = np.maximum(-found[1:3], 0.01)
+        return found[None, _ties(form, exponents)[1].argmax(0)]
     if form == "kaplan":
         logs = np.log([0.6 * measured.min(), 0.3 * measured.min()])
         grid = itertools.product((0.05, 0.1, 0.3), (0.05, 0.1, 0.3))
@@ -278,8 +300,8 @@ def _aspect_ratio(
 ) -> tuple[np.ndarray, np.ndarray]:
     """[n] d_model / n_layers and n_layers, or ones where none are given nor needed."""
     if n_layers is None or d_model is None:
-        if form == "shape":
-            raise ValueError("form='shape' needs n_layers and d_model of every row")
+        if form in ("shape", "product_shape"):
+            raise ValueError(f"form={form!r} needs n_layers and d_model of every row")
         return np.ones(num_rows), np.ones(num_rows)
     layers = host_numbers("n_layers", n_layers, num_rows)
     width = host_numbers("d_model", d_model, num_rows)

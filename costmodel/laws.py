@@ -147,6 +147,40 @@ class KaplanLossLaw(NamedTuple):
         require("KaplanLossLaw.embeddings_counted", self.embeddings_counted, NON_NEGATIVE)
 
 
+class ProductLossLaw(NamedTuple):
+    """Loss in nats per token, `c / (N^a D^b) (R / R_0)^h`, with R = d_model / n_layers.
+
+    Linear in logarithms, so that a handful of small models determines it where they say nothing of
+    what no model can learn. For questions among the models that it was fitted on: it falls to 0.
+    """
+
+    coefficient: Number  # c
+    parameters_exponent: Number  # a
+    tokens_exponent: Number  # b
+    aspect_exponent: Number = 0.0  # h; above 0 wide is worse
+    reference_aspect_ratio: Number = 1.0  # R_0, where the shape plays no part
+    embeddings_counted: Number = 1.0  # which N: 1 all parameters, 0 those outside token tables
+    fitted: LossRange = LossRange()
+
+    def predict(self, parameters: Array, tokens: Array, aspect_ratio: Array | None) -> Array:
+        """Loss in nats per token; without an aspect ratio at the reference."""
+        ratio = self.reference_aspect_ratio if aspect_ratio is None else aspect_ratio
+        coefficient, a, b, h, reference, parameters, tokens, ratio = as_floats(
+            *self[:5], parameters, tokens, ratio
+        )
+        from_shape = h * (jnp.log(ratio) - jnp.log(reference))
+        from_size = a * jnp.log(parameters) + b * jnp.log(tokens)
+        return jnp.exp(jnp.log(coefficient) - from_size + from_shape)
+
+    def check(self) -> None:
+        """Raises ValueError unless loss falls with size and data."""
+        for name in self._fields[:3]:
+            require(f"ProductLossLaw.{name}", getattr(self, name), POSITIVE)
+        require("ProductLossLaw.aspect_exponent", self.aspect_exponent, FINITE)
+        require("ProductLossLaw.reference_aspect_ratio", self.reference_aspect_ratio, POSITIVE)
+        require("ProductLossLaw.embeddings_counted", self.embeddings_counted, NON_NEGATIVE)
+
+
 class ShapeLossLaw(NamedTuple):
     """A loss law times `(1 + e R^h) / (1 + e R_0^h)`, with the aspect ratio R = d_model / n_layers.
 
@@ -365,6 +399,7 @@ def loss(
         LossLaw        L = E + A / N^a + B / D^b
         KaplanLossLaw  L = ((N_c / N)^(a / b) + D_c / D)^b
         ShapeLossLaw   L = base(N, D) (1 + e R^h) / (1 + e R_0^h)
+        ProductLossLaw L = c / (N^a D^b) (R / R_0)^h
 
     Args:
       law: the constants.

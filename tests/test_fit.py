@@ -322,6 +322,7 @@ N, D = (
     for values in np.meshgrid([1e8, 3e8, 1e9, 4e9], [3e9, 2e10, 1e11, 5e11], indexing="ij")
 )
 RATIO = np.array([20.0, 100.0, 300.0, 50.0] * 4)
+GEOMEAN = float(np.exp(np.log(RATIO).mean()))
 
 
 @settings(max_examples=12, deadline=None)
@@ -351,6 +352,9 @@ def test_an_exact_loss_law_is_recovered(irreducible, size, data, exponent, token
         (costmodel.MORPH_FREE_EXPONENT, "shape", "shape_free"),
         (costmodel.MORPH_FREE_EXPONENT, "shape", "free"),
         (costmodel.KaplanLossLaw(6.4e13, 0.076, 1.8e11, 0.2), "kaplan", "free"),
+        (costmodel.ProductLossLaw(60.0, 0.07, 0.08), "product", "free"),
+        (costmodel.ProductLossLaw(60.0, 0.07, 0.08, 0.02, GEOMEAN), "product_shape", "free"),
+        (costmodel.ProductLossLaw(60.0, 0.07, 0.07, -0.02, GEOMEAN), "product_shape", "equal"),
     ],
 )
 def test_every_form_recovers_its_law(law, form, exponents):
@@ -360,8 +364,14 @@ def test_every_form_recovers_its_law(law, form, exponents):
     if form == "shape":
         ours = [*fit.result.base[:5], *fit.result[1:4]]
         theirs = [*law.base[:5], *law[1:4]]
+    elif form == "product":
+        ours, theirs = (
+            fit.result[:4],
+            law[:4],
+        )  # its reference is that of the rows, and plays no part
     else:
-        ours, theirs = fit.result[:4], law[:4]
+        num = 5 if form == "product_shape" else 4
+        ours, theirs = fit.result[:num], law[:num]
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     ranges = fit.result.fitted
     assert (ranges.min_parameters, ranges.max_tokens) == (1e8, 5e11)

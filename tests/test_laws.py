@@ -141,6 +141,16 @@ def test_kaplan_is_the_printed_formula(x64):
     assert costmodel.KAPLAN.embeddings_counted == 0  # fitted without token tables
 
 
+def test_a_product_of_powers_is_the_formula(x64):
+    law = costmodel.ProductLossLaw(30.0, 0.05, 0.06, 0.02, 64.0)
+    expected = 30.0 / (1e9**0.05 * 1e12**0.06)
+    assert float(costmodel.loss(law, 1e9, 1e12)) == pytest.approx(expected, rel=1e-12)
+    wide = float(costmodel.loss(law, 1e9, 1e12, 128.0))
+    assert wide == pytest.approx(expected * 2**0.02, rel=1e-12)
+    with pytest.raises(ValueError, match=r"ProductLossLaw\.tokens_exponent=0 must be positive"):
+        costmodel.loss(law._replace(tokens_exponent=0.0), 1e9, 1e12)
+
+
 def test_shape_laws_are_the_printed_formula(x64):
     size, tokens, ratio = 1.6e8, 3.2e9, 64.0
     law = costmodel.MORPH
@@ -243,6 +253,10 @@ def shape_loss(x):
     return costmodel.loss(law, x[3], x[4], x[5])
 
 
+def product_loss(x):
+    return costmodel.loss(costmodel.ProductLossLaw(*x[:5]), x[5], x[6], x[7])
+
+
 def scaled_perplexity(x):
     scale = costmodel.PerplexityScale(x[0], x[1])
     return costmodel.perplexity(costmodel.BESIROGLU, x[2], x[3], scale=scale)
@@ -272,6 +286,7 @@ def calibrated_scale(x):
     [
         (kaplan_loss, [6.4e13, 0.076, 1.8e13, 0.103, 1e9, 1e11]),
         (shape_loss, [2e-5, 1.25, 64.0, 1e9, 1e12, 100.0]),
+        (product_loss, [30.0, 0.05, 0.06, 0.02, 64.0, 1e9, 1e12, 100.0]),
         (scaled_perplexity, [0.3, 1.1, 1e9, 1e12]),
         (log_acceptance, [-0.15, 1.1, 17.0]),
         (power_acceptance, [1.3, -0.24, 17.0]),

@@ -56,8 +56,11 @@ def design(
     widths = [row["d_model"] for row in family]
     tokens = [row["training_tokens"] for row in family]
     target = costmodel.Target(shape_of(target_config), target_tokens, circle_times.FORMATS)
-    # Without a loss law that knows width from depth, only one of the two can be asked for.
-    knows_shapes = isinstance(laws.loss.law, costmodel.ShapeLossLaw)
+    # Without a loss law that knows width from depth, every depth is asked for its own width.
+    knows_shapes = (
+        isinstance(laws.loss.law, costmodel.ShapeLossLaw)
+        or getattr(laws.loss.law, "aspect_exponent", 0.0) > 0
+    )
     free = {
         "d_model": (float(min(widths)), float(plan.max_width)),
         "tokens": (float(min(tokens)), 2.0 * max(tokens)),

@@ -22,6 +22,10 @@ Row = Mapping[str, Any]
 
 # Form, which exponents are one, and whether token tables count as parameters.
 LOSS_FORMS = (
+    ("product", "free", 1.0),
+    ("product", "free", 0.0),
+    ("product_shape", "free", 1.0),
+    ("product_shape", "free", 0.0),
     ("size", "equal", 1.0),
     ("size", "equal", 0.0),
     ("size", "free", 1.0),
@@ -108,8 +112,8 @@ def best_loss_law(rows: Sequence[Row]) -> Known:
         if best is None or off < best[0]:
             best = off, whole.result
     if best is None:
-        reasons = "; ".join(dict.fromkeys(one["problem"] for one in candidates))
-        raise ValueError(f"the family determines no loss law: {reasons}")
+        reason = min((one["problem"] for one in candidates), key=len)  # of the simplest form
+        raise ValueError(f"the family determines no loss law: {reason}")
     return Known(best[1], best[0], candidates)
 
 
@@ -162,8 +166,8 @@ def best_alpha_law(rows: Sequence[Row], alphas: Sequence[float], target_perplexi
         if best is None or off < best[0]:
             best = off, whole.result
     if best is None:
-        reasons = "; ".join(dict.fromkeys(one["problem"] for one in candidates))
-        raise ValueError(f"the family determines no acceptance law: {reasons}")
+        reason = min((one["problem"] for one in candidates), key=len)
+        raise ValueError(f"the family determines no acceptance law: {reason}")
     return Known(best[1], best[0], candidates)
 
 

@@ -435,16 +435,14 @@ def _law_lines(result: Row) -> list[str]:
         "",
         f"The constants of the literature on these models: Besiroglu's loss law is "
         f"{published['loss_error']:.0%} off in the median (another tokenizer, other text), SDSL's "
-        f"acceptance law by {published['alpha_error']:.2f} of alpha. Both forms hold here; their "
-        "numbers have to be fitted.",
+        f"acceptance law by {published['alpha_error']:.2f} of alpha.",
     ]
     excess = result["along_the_way"]["mean_excess_nats"]
     if excess is not None:
         lines += [
             "",
             f"Losses in the middle of a run lie {excess:+.3f} nats from what the law gives runs "
-            "that end there: the learning rate is still high. They are shown, and no law uses "
-            "them.",
+            "that end there, whose learning rate has decayed. No law uses them.",
         ]
     return lines
 
@@ -460,9 +458,9 @@ def _independence_lines(result: Row) -> list[str]:
         for name, one in result["independence"].items()
     )
     return [
-        "No. Tokens of a round as one alpha for all tokens has them, and as acceptance by position "
-        "(measured at the largest K) has them, less what the target's texts give exactly, mean of "
-        "all members:",
+        "If they were, one alpha would give the tokens of a round at every length. Errors of the "
+        "tokens of a round from one alpha, and from acceptance by position at the largest K, beside "
+        "what the target's texts give exactly; mean of all members:",
         "",
         *_table(["temperature", *(f"K = {length}" for length in lengths)], rows),
         "",

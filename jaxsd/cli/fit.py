@@ -19,7 +19,8 @@ Table = list[dict[str, str]]
 def fit(
     kind: tyro.conf.Positional[Kind],
     file: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE.csv")]],
-    form: Literal["affine", "linear", "log", "power", "size", "shape", "kaplan"] | None = None,
+    form: Literal["affine", "linear", "log", "power", "size", "shape", "kaplan", "product"]
+    | None = None,
     per_target: bool = False,
     exponents: Literal["equal", "shape_free", "free"] = "free",
     chip: str | None = None,
@@ -148,6 +149,7 @@ def decode(value: Any, where: str) -> Any:
             costmodel.MeasuredAcceptance,
             costmodel.PerplexityRange,
             costmodel.PowerAcceptanceLaw,
+            costmodel.ProductLossLaw,
             costmodel.ShapeLossLaw,
             costmodel.Stack,
         )
@@ -218,7 +220,7 @@ def _fit_acceptance(table: Table, form: Any, per_target: bool, labels: list[str]
     """The fit of an acceptance law."""
     from jaxsd import costmodel
 
-    if form in ("size", "shape", "kaplan"):
+    if form in ("size", "shape", "kaplan", "product"):
         raise ValueError(f"--form {form} is of a loss law, not of acceptance")
     draft, alpha = rows_lib.column(table, "draft_perplexity"), rows_lib.column(table, "alpha")
     if "target_perplexity" in table[0]:
