@@ -229,7 +229,8 @@ def _loss_law(
     """The law of a form from its numbers; the reference aspect ratio is that of products."""
     if form in _PRODUCTS:
         exponent = numbers[3] if form == "product_shape" else 0.0
-        return ProductLossLaw(*numbers[:3], exponent, reference, embeddings_counted, fitted)
+        coefficient, a, b = numbers[:3]
+        return ProductLossLaw(coefficient, a, b, exponent, reference, embeddings_counted, fitted)
     if form == "kaplan":
         return KaplanLossLaw(*numbers, embeddings_counted=embeddings_counted, fitted=fitted)
     law = LossLaw(*numbers[:5], embeddings_counted=embeddings_counted, fitted=fitted)

@@ -459,8 +459,8 @@ def _independence_lines(result: Row) -> list[str]:
     )
     return [
         "If they were, one alpha would give the tokens of a round at every length. Errors of the "
-        "tokens of a round from one alpha, and from acceptance by position at the largest K, beside "
-        "what the target's texts give exactly; mean of all members:",
+        "tokens of a round from one alpha, and from acceptance by position at the largest K, "
+        "beside what the target's texts give exactly; mean of all members:",
         "",
         *_table(["temperature", *(f"K = {length}" for length in lengths)], rows),
         "",
