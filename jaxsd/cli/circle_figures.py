@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from . import circle_predict
 from .reproduction import COLORS, Figure
 
 Row = Mapping[str, Any]
@@ -14,7 +15,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 def figures(result: Row) -> list[Figure]:
     """All of them, in the order of the page."""
-    share = "90 %"
+    share = f"{circle_predict.COVERAGE:.0%}"
 
     def figure(name: str, caption: str, draw: Any, size: tuple[float, float]) -> Figure:
         return Figure(name, caption, functools.partial(draw, result), size)

@@ -31,7 +31,6 @@ class Turn(NamedTuple):
     seconds: float
     rounds: int
     tokens: int  # of all rows together
-    stats: jaxsd.Statistics
 
 
 def temperature_name(temperature: float) -> str:
@@ -296,7 +295,7 @@ def _run(
     taken, state = timing.seconds_of(lambda: decoder.run(params, state, np.int32(num_rounds)))
     rounds = int(np.max(np.asarray(state.stats.num_rounds)))
     tokens = int(np.sum(np.asarray(state.lengths))) - prompts.size
-    return Turn(taken, rounds, tokens, state.stats)
+    return Turn(taken, rounds, tokens)
 
 
 def _start(

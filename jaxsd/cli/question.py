@@ -5,6 +5,7 @@ import pathlib
 import typing
 from typing import Any, Literal
 
+from . import reproduction
 from .quantity import format_quantity
 
 Weights = Literal["bf16", "int8", "int4"]
@@ -134,10 +135,4 @@ def check_plot(plot: str | None) -> None:
         raise ValueError(f"plot={plot!r} must end in .png, .pdf or .svg")
     if not path.parent.is_dir():
         raise ValueError(f"plot={plot!r} must be a file in an existing folder")
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError(
-            "plot needs matplotlib, which is not installed: pip install 'jaxsd[plot]'"
-        ) from None
-    del matplotlib
+    reproduction.require_matplotlib("plot")

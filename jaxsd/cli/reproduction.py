@@ -1,6 +1,7 @@
 """How a reproduced paper looks: its figures beside ours, judged, printed, drawn and written out."""
 
 import csv
+import importlib.util
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -161,14 +162,12 @@ def draw(
     return files
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(what: str = "drawing") -> None:
     """Raises ValueError if nothing can be drawn; for before hours of work, not after."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            "drawing needs matplotlib, which is not installed: pip install 'jaxsd[plot]'"
-        ) from None
+            f"{what} needs matplotlib, which is not installed: pip install 'jaxsd[plot]'"
+        )
 
 
 def as_json(reproduction: Reproduction) -> dict[str, Any]:
