@@ -116,8 +116,6 @@ def prepare(plan: "Plan", study: "Study", target: str, corpus: str | None) -> Wo
     asked = {"plan": plan.to_dict(), "target": target, "corpus": corpus}
     device = info.describe_device()
     claim(study, asked, device)
-    members = [member._asdict() | {"name": member.name} for member in plan.members]
-    study.stage(PLAN_STAGE, asked, lambda: {**asked, "device": device, "members": members})
     study.expect(_weights(plan))
     folder = pair.EMBEDDED_TARGET if target == EMBEDDED else pathlib.Path(target)
     if plan.target_config is not None:
@@ -130,6 +128,9 @@ def prepare(plan: "Plan", study: "Study", target: str, corpus: str | None) -> Wo
         folder = pathlib.Path(trained["folder"])
     loaded = checkpoint.load_model(folder)
     text = circle_family.read_text(plan, corpus, loaded.tokenizer)
+    # Only now, so that a target or a corpus that cannot be read does not take the folder for itself.
+    members = [member._asdict() | {"name": member.name} for member in plan.members]
+    study.stage(PLAN_STAGE, asked, lambda: {**asked, "device": device, "members": members})
     base = {**asked, "device": device, "text": text.tokens.fingerprint}
     return Work(plan, study, asked, folder, loaded, text, base)
 
