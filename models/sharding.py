@@ -249,6 +249,7 @@ class ModelOnMesh(NamedTuple):
         # Before too: a cache whose heads no axis divides would else take another layout inside a
         # loop, and come out of it as a copy.
         cache = self._divided(cache)
+        tokens, positions = self._in_batches(tokens), self._in_batches(positions)
         logits, cache = self.model.apply(params, tokens, positions, cache)
         return self._by_rows(logits), self._divided(cache)
 
@@ -257,12 +258,22 @@ class ModelOnMesh(NamedTuple):
     ) -> tuple[Array, Any]:
         """The model's, its cache divided as before."""
         cache = self._divided(cache)
+        tokens, positions = self._in_batches(tokens), self._in_batches(positions)
         logits, cache = self.model.apply_tree(params, tokens, positions, cache, starts, seen)
         return logits, self._divided(cache)
 
     def keep(self, cache: Any, starts: Array, sources: Array) -> Any:
         """The model's, its cache divided as before."""
         return self._divided(self.model.keep(cache, starts, sources))
+
+    def _in_batches(self, tokens: Array) -> Array:
+        """Integers `[B, T]` divided as the batch is, and whole along every other axis of the mesh.
+
+        `_by_rows` spreads the rows over all devices, and tokens come out of sampling as they lie
+        there. Left so, every matrix product of a pass would gather its activations anew.
+        """
+        where = _sharding(("batch", None), tokens.shape, self.mesh, self.rules)
+        return jax.lax.with_sharding_constraint(tokens, where)
 
     def _by_rows(self, logits: Array) -> Array:
         """Every row's logits whole on one device, and the rows spread over all devices.

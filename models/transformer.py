@@ -662,12 +662,9 @@ def _thin_product_on_cpu(rows: Array, weight: Array) -> Array:
     In whole passes of it the last was 0.72 and 0.93 of `_product`'s time at 96 and 128 rows, and no
     better from 256 on.
     """
-    num_rows, size = len(rows), weight.size
-    if size < _MIN_LARGE_WEIGHT:
-        if num_rows > 3:
-            return _product(rows, weight)
-        return jnp.concatenate([_product(rows[i : i + 1], weight) for i in range(num_rows)])
-    if num_rows == 1 and size // weight.shape[-1] % 2 == 0:
+    num_rows = len(rows)
+    is_large = weight.size >= _MIN_LARGE_WEIGHT
+    if num_rows == 1 and is_large and weight.size // weight.shape[-1] % 2 == 0:
         # One row is a matrix-vector product, which XLA gives to one thread. As a batch of two
         # halves it reads the weights with two.
         halves = weight.reshape(2, -1, weight.shape[-1])

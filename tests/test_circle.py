@@ -279,6 +279,18 @@ def texts(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("wrong", ["target", "corpus"])
+def test_what_cannot_be_read_does_not_take_the_folder(wrong, texts, tmp_path):
+    """The mended command may use the same folder."""
+    study = circle_study.Study(tmp_path, show_progress=False)
+    there = {"target": str(texts / "target"), "corpus": str(texts / "texts")}
+    with pytest.raises(ValueError, match="nowhere"):
+        circle.prepare(PLAN, study, **{**there, wrong: str(texts / "nowhere")})
+    assert not study.has(circle_study.PLAN_STAGE)
+    assert circle.prepare(PLAN, study, **there).base["target"] == there["target"]
+    assert study.has(circle_study.PLAN_STAGE)
+
+
 def test_drafts_of_one_shape_are_measured(texts, tmp_path):
     """With the target itself as one of the drafts, everything that it proposes is accepted."""
     plan = dataclasses.replace(PLAN, lengths=(1, 2), temperatures=(1.0, 0.0), num_prompts=4)
@@ -292,10 +304,10 @@ def test_drafts_of_one_shape_are_measured(texts, tmp_path):
     other = models.init_params(TARGET_CONFIG, jax.random.key(1))
     drafts = {"itself": target, "another": target._replace(params=other)}
     study = circle_study.Study(tmp_path, show_progress=False)
-    found = circle_measure.measure_shape(
-        plan, study, target, drafts, text.prompts, text.windows, written
-    )
-    for name, one in found.items():
+    read = circle_measure.read_shape(plan, target, drafts, text.windows, written)
+    found = circle_measure.measure_shape(plan, study, target, drafts, text.prompts)
+    for name in drafts:
+        one = read[name] | found[name]
         for heat in ("1", "0"):
             counted = one["loop"][heat]
             by_position = np.array(counted["accepted_by_position"])
@@ -394,7 +406,12 @@ def planted_loss(name):
     return circle_laws.predict_loss(LAW, row)
 
 
-def planted_measurements(plan, study, target, drafts, prompts, windows, texts):
+def planted_readings(plan, target, drafts, windows, texts):
+    """What `circle_measure.read_shape` would find, were the planted laws the truth."""
+    return {name: planted_acceptance(math.exp(planted_loss(name))) for name in drafts}
+
+
+def planted_measurements(plan, study, target, drafts, prompts):
     """What `circle_measure.measure_shape` would find, were the planted laws the truth."""
     found = {}
     for name, draft in drafts.items():
@@ -418,7 +435,7 @@ def planted_measurements(plan, study, target, drafts, prompts, windows, texts):
                 }
             )
         speed = {"plain_round_seconds": plain, "plain_tokens_per_second": 1 / plain}
-        found[name] = {**one, "speed": {"1": {**speed, "by_length": rows}}, "loop": {}}
+        found[name] = {"speed": {"1": {**speed, "by_length": rows}}, "loop": {}}
     return found
 
 
@@ -444,6 +461,7 @@ def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, mo
 
     monkeypatch.setattr(circle_family, "train_member", train_member)
     monkeypatch.setattr(circle_measure, "measure_shape", measure_shape)
+    monkeypatch.setattr(circle_measure, "read_shape", planted_readings)
     monkeypatch.setattr(circle_times, "calibrate", planted_times)
     out = tmp_path / "out"
 

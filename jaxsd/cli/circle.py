@@ -128,7 +128,7 @@ def prepare(plan: "Plan", study: "Study", target: str, corpus: str | None) -> Wo
         folder = pathlib.Path(trained["folder"])
     loaded = checkpoint.load_model(folder)
     text = circle_family.read_text(plan, corpus, loaded.tokenizer)
-    # Only now, so that a target or a corpus that cannot be read does not take the folder for itself.
+    # Only now: what cannot be read does not take the folder for itself.
     members = [member._asdict() | {"name": member.name} for member in plan.members]
     study.stage(PLAN_STAGE, asked, lambda: {**asked, "device": device, "members": members})
     base = {**asked, "device": device, "text": text.tokens.fingerprint}
@@ -153,28 +153,43 @@ def measure(
     work: Work, name: str, rows: Sequence[dict[str, Any]], about_target: dict[str, Any]
 ) -> dict[str, Any]:
     """What is measured of trained members of one shape, by their names."""
-    from jaxsd.models import checkpoint
-
     from . import circle_measure
 
+    read = read_acceptance(work, name, rows, about_target)
+
     def make() -> dict[str, Any]:
-        family = work.study.folder / FAMILY
-        drafts = {
-            row["name"]: checkpoint.load_model(family / row["name"] / "model") for row in rows
-        }
         found = circle_measure.measure_shape(
-            work.plan,
-            work.study,
-            work.target,
-            drafts,
-            work.text.prompts,
-            work.text.windows,
-            about_target["texts"],
+            work.plan, work.study, work.target, _load(work, rows), work.text.prompts
         )
         jax.clear_caches()  # programs of one shape are of no use to the next
         return found
 
-    return work.study.stage(f"measured/{name}", [work.base, list(rows), about_target], make)
+    decoded = work.study.stage(f"measured/{name}", [work.base, list(rows)], make)
+    return {row["name"]: read[row["name"]] | decoded[row["name"]] for row in rows}
+
+
+def read_acceptance(
+    work: Work, name: str, rows: Sequence[dict[str, Any]], about_target: dict[str, Any]
+) -> dict[str, Any]:
+    """The acceptance of trained members of one shape, by their names; nothing in it is timed."""
+    from . import circle_measure
+
+    def make() -> dict[str, Any]:
+        found = circle_measure.read_shape(
+            work.plan, work.target, _load(work, rows), work.text.windows, about_target["texts"]
+        )
+        jax.clear_caches()
+        return found
+
+    return work.study.stage(f"acceptance/{name}", [work.base, list(rows), about_target], make)
+
+
+def _load(work: Work, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Trained members, by their names."""
+    from jaxsd.models import checkpoint
+
+    family = work.study.folder / FAMILY
+    return {row["name"]: checkpoint.load_model(family / row["name"] / "model") for row in rows}
 
 
 def conclude(
@@ -291,5 +306,6 @@ def _weights(plan: "Plan") -> dict[str, float]:
     for member in plan.members:
         per_token = 2e-5 + 1.5e-10 * 12 * member.d_model**2 * member.n_layers
         weights[f"family/{member.name}"] = 15 + member.tokens * per_token
+        weights[f"acceptance/{member.shape_name}"] = 100.0
         weights[f"measured/{member.shape_name}"] = 300.0
     return weights

@@ -4,6 +4,7 @@ Drafts of one shape differ in their weights alone, so they share every compiled 
 turns in it: plain decoding, all lengths and all of these drafts at every prompt.
 """
 
+import concurrent.futures
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jaxsd.models import checkpoint
 from . import measure, timing
 from .circle_plan import Plan
 from .circle_study import Study
-from .circle_times import make_decoder, make_model
+from .circle_times import COMPILERS, make_decoder, make_model
 
 # Rounds in which a speculative run is shortened or lengthened are counted from a first, unmeasured
 # one of so many.
@@ -61,16 +62,33 @@ def write_texts(plan: Plan, target: checkpoint.Pretrained, prompts: np.ndarray) 
     return {"texts": texts}
 
 
+def read_shape(
+    plan: Plan,
+    target: checkpoint.Pretrained,
+    drafts: Mapping[str, checkpoint.Pretrained],
+    windows: np.ndarray,
+    texts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The acceptance of the drafts of one shape, by their names, teacher-forced; JSON values.
+
+    Args:
+      plan: of the study.
+      target: the target.
+      drafts: of one shape, by name.
+      windows: `[N, T + 1]` held-out text.
+      texts: what the target wrote, from `write_texts`.
+    """
+    return {name: _read(plan, target, draft, windows, texts) for name, draft in drafts.items()}
+
+
 def measure_shape(
     plan: Plan,
     study: Study,
     target: checkpoint.Pretrained,
     drafts: Mapping[str, checkpoint.Pretrained],
     prompts: np.ndarray,
-    windows: np.ndarray,
-    texts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything measured of the drafts of one shape, by their names; JSON values.
+    """Speed and accepted tokens of the drafts of one shape in the loop, by name; JSON values.
 
     Args:
       plan: of the study.
@@ -78,12 +96,8 @@ def measure_shape(
       target: the target.
       drafts: of one shape, by name.
       prompts: `[N, P]` that are continued.
-      windows: `[N, T + 1]` held-out text.
-      texts: what the target wrote, from `write_texts`.
     """
-    found: dict[str, dict[str, Any]] = {name: {} for name in drafts}
-    for name, draft in drafts.items():
-        found[name] |= _read(plan, target, draft, windows, texts)
+    found: dict[str, dict[str, Any]] = {name: {"speed": {}} for name in drafts}
     some = next(iter(drafts.values()))
     whole, shape = (make_model(one.config, one.params) for one in (target, some))
     decoders = {length: make_decoder(plan, whole, shape, length) for length in (0, *plan.lengths)}
@@ -93,7 +107,7 @@ def measure_shape(
     for batch in plan.batches:
         decoded = _decode(plan, study, decoders, params, prompts, batch)
         for name in drafts:
-            found[name].setdefault("speed", {})[str(batch)] = decoded[name]
+            found[name]["speed"][str(batch)] = decoded[name]
     loop = _accept(plan, decoders[max(plan.lengths)], params, prompts)
     for name in drafts:
         found[name]["loop"] = loop[name]
@@ -190,13 +204,21 @@ def _decode(
     all of them are timed over the same stretch of text, and all rows of a batch are busy to its
     end, as they are where the next request takes the place of one that is done.
     """
-    num_rounds: dict[tuple[int, str], int] = {}
-    for length in (0, *plan.lengths):
-        study.say(f"  batch {batch}: compiling {length} drafted tokens")
+
+    def trial(length: int) -> dict[tuple[int, str], int]:
+        found = {}
         for name in params if length else [next(iter(params))]:
             turn = _run(plan, decoders[length], params[name], prompts[:batch], _TRIAL_ROUNDS, [-1])
             mean = turn.tokens / (batch * turn.rounds)
-            num_rounds[length, name] = max(1, round(plan.new_tokens / mean))
+            found[length, name] = max(1, round(plan.new_tokens / mean))
+        return found
+
+    study.say(f"  batch {batch}: compiling {len(decoders)} loops")
+    num_rounds: dict[tuple[int, str], int] = {}
+    # Nothing is timed yet, and a compiler keeps about one core busy.
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as threads:
+        for found in threads.map(trial, (0, *plan.lengths)):
+            num_rounds |= found
     cases = list(num_rounds)
     groups = range(0, len(prompts), batch)
     study.say(f"  batch {batch}: decoding {len(groups)} groups of prompts in {len(cases)} ways")

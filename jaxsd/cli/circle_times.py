@@ -8,6 +8,7 @@ kernels; the draft's from the formula of bytes and layers, fitted for each batch
 beyond from a sum of three terms.
 """
 
+import concurrent.futures
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from .compile_check import shape_of
 
 FORMATS = costmodel.Formats(4.0, 4.0, 4.0)
 TARGET = "target"
+COMPILERS = 2  # programs that are compiled at a time
 # What the formula has to find out of passes of one batch. A byte costs what it costs there,
 # arithmetic included: of one batch the two move together.
 FREE_FIELDS = ("memory_efficiency", "layer_seconds", "fixed_seconds")
@@ -92,9 +94,12 @@ def calibrate(plan: Plan, study: Study, target: checkpoint.Pretrained) -> dict[s
     drafts.sort(key=lambda draft: models.num_parameters(draft.config))
     rounds = [(batch, 0, drafts[0]) for batch in plan.batches]
     rounds += itertools.product(plan.batches, plan.fitted_lengths, (drafts[0], drafts[-1]))
-    for number, (batch, length, draft) in enumerate(rounds):
-        study.say(f"  compiling rounds {number + 1} of {len(rounds)}")
-        timers.append(_round_timer(plan, whole, draft, batch, length))
+    study.say(f"  compiling {len(rounds)} loops")
+    # Nothing is timed yet, and a compiler keeps about one core busy.
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as threads:
+        timers += threads.map(
+            lambda case: _round_timer(plan, whole, case[2], case[0], case[1]), rounds
+        )
     study.say(f"  timing {len(timers)} programs in {plan.repeats} turns")
     seconds = timing.in_turns(timers, plan.repeats)
     typical = timing.typical(seconds)
