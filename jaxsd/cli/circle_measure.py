@@ -23,6 +23,7 @@ from .circle_times import COMPILERS, make_decoder, make_model
 # Rounds in which a speculative run is shortened or lengthened are counted from a first, unmeasured
 # one of so many.
 _TRIAL_ROUNDS = 16
+_READ_TOGETHER = 8  # texts in a pass
 _TEXTS_PER_PROMPT = {True: 1, False: 2}  # by whether the text is greedy, and so always the same
 
 
@@ -162,24 +163,28 @@ def _read(
     texts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Acceptance from both models' laws, without a loop: teacher-forced."""
-    overlap = measure.make_overlap(target, draft)
-    kept_by_draft = measure.make_kept(target, draft)
+    reading = measure.make_reading(target, draft)
     place = slice(plan.prompt_length - 1, plan.prompt_length - 1 + plan.new_tokens)
     found: dict[str, dict[str, Any]] = {
         name: {}
         for name in ("alpha_of_text", "alpha", "shares", "rounds", "tokens", "autocorrelation")
     }
-    for temperature in plan.temperatures:
+
+    def read(rows: np.ndarray, temperatures: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        parts = [
+            reading(rows[first : first + _READ_TOGETHER].astype(np.int32), temperatures)
+            for first in range(0, len(rows), _READ_TOGETHER)
+        ]
+        overlap, kept = (np.concatenate(one, axis=1) for one in zip(*parts, strict=True))
+        return overlap, kept
+
+    of_text = read(windows[:, :-1], plan.temperatures)[0].mean((1, 2))
+    for temperature, alpha in zip(plan.temperatures, of_text.tolist(), strict=True):
         name = temperature_name(temperature)
-        rows = windows[:, :-1].astype(np.int32)
-        found["alpha_of_text"][name] = float(
-            np.mean([overlap(row[None], temperature)[0].mean() for row in rows])
-        )
-        written = np.asarray(texts[name], np.int32)
-        found["alpha"][name] = float(
-            np.mean([overlap(row[None], temperature)[0][:, place].mean() for row in written])
-        )
-        kept = [kept_by_draft(row[None], temperature)[0, place] for row in written]
+        found["alpha_of_text"][name] = alpha
+        overlap, kept_of_all = read(np.asarray(texts[name]), [temperature])
+        found["alpha"][name] = float(overlap[0, :, place].mean())
+        kept = list(kept_of_all[0, :, place])
         shares, found["rounds"][name] = shares_of_rounds(kept, max(plan.lengths))
         found["shares"][name] = shares.tolist()
         found["tokens"][name] = [

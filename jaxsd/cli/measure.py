@@ -164,6 +164,25 @@ def make_kept(
     return kept
 
 
+def make_reading(
+    target: checkpoint.Pretrained, draft: checkpoint.Pretrained
+) -> Callable[[np.ndarray, Sequence[float]], tuple[np.ndarray, np.ndarray]]:
+    """A function from texts and temperatures to what `make_overlap` and `make_kept` find at each.
+
+    It takes tokens `[B, L]` and n temperatures, and returns overlap and kept, both `[n, B, L]`.
+    Each model reads every text once.
+    """
+    read = _reading_program(target.config, draft.config)
+
+    def reading(tokens: np.ndarray, temperatures: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        heats = np.asarray(temperatures, np.float32)
+        found = read(target.params, draft.params, tokens, heats)
+        overlap, kept = (np.asarray(one, np.float64) for one in found)
+        return overlap, kept
+
+    return reading
+
+
 def expected_rounds(kept: np.ndarray, num_tokens: int) -> float:
     """Rounds in which rejection sampling, K tokens a round, writes one text of the target.
 
@@ -254,12 +273,37 @@ def _kept_program(target: models.Config, draft: models.Config) -> Callable[..., 
     @jax.jit
     def compare(target_params: Any, draft_params: Any, tokens: Array, temperature: Array) -> Array:
         sampling = jaxsd.Sampling(temperature)
-        laws = [
+        p, q = (
             jaxsd.probabilities(transformer.forward(config, params, tokens), sampling)
             for config, params in ((target, target_params), (draft, draft_params))
-        ]
-        following = jnp.roll(tokens, -1, axis=1)[:, :, None]
-        p, q = (jnp.take_along_axis(law, following, axis=2)[:, :, 0] for law in laws)
-        return jnp.minimum(q / jnp.maximum(p, jnp.finfo(p.dtype).tiny), 1)
+        )
+        return _kept(p, q, tokens)
 
     return compare
+
+
+@functools.lru_cache(maxsize=4)
+def _reading_program(target: models.Config, draft: models.Config) -> Callable[..., Any]:
+    """Overlap and chances to be kept `[n, B, L]`, of weights, tokens and n temperatures."""
+
+    @jax.jit
+    def read(target_params: Any, draft_params: Any, tokens: Array, temperatures: Array) -> Any:
+        logits = [
+            transformer.forward(config, params, tokens)
+            for config, params in ((target, target_params), (draft, draft_params))
+        ]
+
+        def at(temperature: Array) -> tuple[Array, Array]:
+            p, q = (jaxsd.probabilities(one, jaxsd.Sampling(temperature)) for one in logits)
+            return jnp.minimum(p, q).sum(-1), _kept(p, q, tokens)
+
+        return jax.lax.map(at, temperatures)
+
+    return read
+
+
+def _kept(p: Array, q: Array, tokens: Array) -> Array:
+    """min(1, q(x) / p(x)) of the token x that follows each place `[B, L]`."""
+    following = jnp.roll(tokens, -1, axis=1)[:, :, None]
+    p, q = (jnp.take_along_axis(law, following, axis=2)[:, :, 0] for law in (p, q))
+    return jnp.minimum(q / jnp.maximum(p, jnp.finfo(p.dtype).tiny), 1)
