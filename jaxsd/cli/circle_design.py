@@ -41,7 +41,7 @@ def design(
     budget = training_budget(plan, target_config.vocab_size, family)
     hardware = costmodel.Hardware(
         costmodel.Devices(calibration.chip, calibration.target_stacks[BATCH]),
-        costmodel.Devices(calibration.chip, calibration.stacks[BATCH]),
+        costmodel.Devices(calibration.chip, calibration.stacks[BATCH, 1]),
     )
     template = costmodel.draft_template(
         shape_of(target_config),

@@ -124,9 +124,10 @@ def _parts_of_a_round(result: Row, canvas: Any) -> None:
     )
     members = {one["name"]: one for one in result["members"]}
     parts = (
-        ("verify", "target's pass"),
+        ("target", "target's pass"),
+        ("own", "sampling, deciding"),
         ("draft", "draft's passes"),
-        ("beyond", "sampling, deciding, caches"),
+        ("switch", "back to the draft"),
     )
     for panel, batch in zip(panels, batches, strict=True):
         for place, row in enumerate(rows):

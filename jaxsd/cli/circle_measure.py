@@ -27,12 +27,18 @@ _READ_TOGETHER = 8  # texts in a pass
 _TEXTS_PER_PROMPT = {True: 1, False: 2}  # by whether the text is greedy, and so always the same
 
 
+# Groups of prompts that are decoded for one batch: as many as there are, and no more than this,
+# again and again until every length has been timed so often.
+_MAX_GROUPS, _MIN_TURNS = 12, 9
+
+
 class Turn(NamedTuple):
     """One timed run of a batch of prompts."""
 
     seconds: float
     rounds: int
-    tokens: int  # of all rows together
+    tokens: np.ndarray  # [B] new ones of every row
+    prompts: Sequence[int]  # [B] which
 
 
 def temperature_name(temperature: float) -> str:
@@ -105,10 +111,28 @@ def measure_shape(
     params = {
         name: {"target": target.params, "draft": draft.params} for name, draft in drafts.items()
     }
-    for batch in plan.batches:
-        decoded = _decode(plan, study, decoders, params, prompts, batch)
+    turns = {
+        batch: _decode(plan, study, decoders, params, prompts, batch) for batch in plan.batches
+    }
+    tokens = {
+        (length, name): _tokens([one for ones in turns.values() for one in ones[length, name]])
+        for length in plan.lengths
+        for name in drafts
+    }
+    for batch, by_case in turns.items():
+        seconds = {
+            length: _round_seconds([by_case[case] for case in by_case if case[0] == length])
+            for length in (0, *plan.lengths)
+        }
         for name in drafts:
-            found[name]["speed"][str(batch)] = decoded[name]
+            found[name]["speed"][str(batch)] = {
+                "plain_round_seconds": seconds[0].value,
+                "plain_tokens_per_second": batch / seconds[0].value,
+                "by_length": [
+                    _speed(batch, length, tokens[length, name], seconds[length], seconds[0])
+                    for length in plan.lengths
+                ],
+            }
     loop = _accept(plan, decoders[max(plan.lengths)], params, prompts)
     for name in drafts:
         found[name]["loop"] = loop[name]
@@ -195,6 +219,14 @@ def _read(
     return found
 
 
+class Counted(NamedTuple):
+    """What was counted or timed, and how well it is known."""
+
+    value: float
+    relative_error: float  # its standard error
+    num: int
+
+
 def _decode(
     plan: Plan,
     study: Study,
@@ -202,19 +234,22 @@ def _decode(
     params: Mapping[str, Any],
     prompts: np.ndarray,
     batch: int,
-) -> dict[str, Any]:
-    """Rounds, tokens and seconds of all lengths and drafts, taking turns at all groups of prompts.
+) -> dict[tuple[int, str], list[Turn]]:
+    """Timed runs by length and draft, which take turns at all groups of prompts.
 
     A run has so many rounds that a row gets `new_tokens` on average, whatever the length, so that
     all of them are timed over the same stretch of text, and all rows of a batch are busy to its
-    end, as they are where the next request takes the place of one that is done.
+    end, as they are where the next request takes the place of one that is done. Plain decoding,
+    under length 0, comes as often as there are drafts.
     """
 
     def trial(length: int) -> dict[tuple[int, str], int]:
         found = {}
-        for name in params if length else [next(iter(params))]:
-            turn = _run(plan, decoders[length], params[name], prompts[:batch], _TRIAL_ROUNDS, [-1])
-            mean = turn.tokens / (batch * turn.rounds)
+        for name in params:
+            turn = _run(
+                plan, decoders[length], params[name], prompts, range(batch), _TRIAL_ROUNDS, [-1]
+            )
+            mean = float(turn.tokens.mean()) / turn.rounds
             found[length, name] = max(1, round(plan.new_tokens / mean))
         return found
 
@@ -225,59 +260,68 @@ def _decode(
         for found in threads.map(trial, (0, *plan.lengths)):
             num_rounds |= found
     cases = list(num_rounds)
-    groups = range(0, len(prompts), batch)
+    starts = range(0, len(prompts), batch)
+    chosen = [starts[i * len(starts) // _MAX_GROUPS] for i in range(_MAX_GROUPS)]
+    groups = chosen if len(starts) > _MAX_GROUPS else list(starts)
+    groups = groups * math.ceil(_MIN_TURNS / (len(groups) * len(params)))
     study.say(f"  batch {batch}: decoding {len(groups)} groups of prompts in {len(cases)} ways")
     turns: dict[tuple[int, str], list[Turn]] = {case: [] for case in cases}
     for number, first in enumerate(groups):
         for place in range(len(cases)):
             case = cases[(place + number * 7) % len(cases)]
             length, name = case
-            group = prompts[first : first + batch]
-            turn = _run(
-                plan, decoders[length], params[name], group, num_rounds[case], [first, batch]
+            rows = range(first, first + batch)
+            key = [number, batch]
+            turns[case].append(
+                _run(plan, decoders[length], params[name], prompts, rows, num_rounds[case], key)
             )
-            turns[case].append(turn)
-    plain = turns[cases[0]]
-    return {
-        name: {
-            "plain_round_seconds": _round_seconds(plain),
-            "plain_tokens_per_second": batch / _round_seconds(plain),
-            "by_length": [
-                _speed(plain, turns[length, name], length, batch) for length in plan.lengths
-            ],
-        }
-        for name in params
-    }
+    return turns
 
 
-def _speed(plain: Sequence[Turn], turns: Sequence[Turn], length: int, batch: int) -> dict[str, Any]:
-    """What all turns of one length say.
+def _tokens(turns: Sequence[Turn]) -> Counted:
+    """Tokens of a round, over all turns of a length and a draft, whatever their batch.
 
-    The speed-up is that of the typical round times the tokens of all rounds: times vary by what
-    else the machine does, tokens by what the texts are, and neither by the other. Its error is that
-    of the tokens, from their spread over the groups of prompts, and of the ratio of the times.
+    Rows do not know of each other, so that one alone and one of eight count alike. Texts after the
+    same prompt are no independent evidence: the error is that between prompts.
     """
-    seconds, plain_seconds = _round_seconds(turns), _round_seconds(plain)
-    tokens = sum(turn.tokens for turn in turns) / (batch * sum(turn.rounds for turn in turns))
-    means = np.array([turn.tokens / (batch * turn.rounds) for turn in turns])
-    ratios = np.array(
-        [a.seconds / a.rounds / (b.seconds / b.rounds) for a, b in zip(plain, turns, strict=True)]
-    )
-    spreads = [np.std(x, ddof=1) / np.mean(x) for x in (means, ratios)] if len(means) > 1 else [0.0]
+    tokens: dict[int, float] = {}
+    rounds: dict[int, int] = {}
+    for turn in turns:
+        for prompt, count in zip(turn.prompts, turn.tokens.tolist(), strict=True):
+            tokens[prompt] = tokens.get(prompt, 0.0) + count
+            rounds[prompt] = rounds.get(prompt, 0) + turn.rounds
+    means = np.array([tokens[prompt] / rounds[prompt] for prompt in tokens])
+    mean = sum(tokens.values()) / sum(rounds.values())
+    error = float(np.std(means, ddof=1)) / mean / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    return Counted(mean, error, sum(rounds.values()))
+
+
+def _round_seconds(turns_of_drafts: Sequence[Sequence[Turn]]) -> Counted:
+    """Median over turns: what disturbs a machine only ever adds, and not to every turn.
+
+    Of all drafts of a shape: a round does the same work whatever is in their weights.
+    """
+    seconds = np.array([turn.seconds / turn.rounds for turns in turns_of_drafts for turn in turns])
+    # A median is known less well than a mean, by sqrt(pi / 2) of a normal distribution.
+    spread = float(np.std(np.log(seconds), ddof=1)) if len(seconds) > 1 else 0.0
+    error = spread * math.sqrt(math.pi / 2 / len(seconds))
+    return Counted(float(np.median(seconds)), error, len(seconds))
+
+
+def _speed(
+    batch: int, length: int, tokens: Counted, seconds: Counted, plain: Counted
+) -> dict[str, Any]:
+    """The speed-up: tokens of a round times the time of a plain round over that of a round."""
+    errors = (tokens.relative_error, seconds.relative_error, plain.relative_error)
     return {
         "length": length,
-        "round_seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_second": batch * tokens / seconds,
-        "speedup": tokens * plain_seconds / seconds,
-        "relative_error": math.sqrt(sum(float(x) ** 2 for x in spreads) / len(means)),
-        "rounds": sum(turn.rounds for turn in turns) * batch,
+        "round_seconds": seconds.value,
+        "tokens": tokens.value,
+        "tokens_per_second": batch * tokens.value / seconds.value,
+        "speedup": tokens.value * plain.value / seconds.value,
+        "relative_error": math.hypot(*errors),
+        "rounds": tokens.num,
     }
-
-
-def _round_seconds(turns: Sequence[Turn]) -> float:
-    """Median over turns: what disturbs a machine only ever adds, and not to every turn."""
-    return float(np.median([turn.seconds / turn.rounds for turn in turns]))
 
 
 def _accept(
@@ -314,15 +358,16 @@ def _run(
     decoder: jaxsd.Decoder,
     params: Any,
     prompts: np.ndarray,
+    rows: Sequence[int],
     num_rounds: int,
     key: Sequence[int],
 ) -> Turn:
-    """A prefilled batch, so many rounds, timed."""
-    state = _start(plan, decoder, params, prompts, plan.temperatures[0], key)
+    """A prefilled batch of some of the prompts, so many rounds, timed."""
+    group = prompts[list(rows)]
+    state = _start(plan, decoder, params, group, plan.temperatures[0], key)
     taken, state = timing.seconds_of(lambda: decoder.run(params, state, np.int32(num_rounds)))
     rounds = int(np.max(np.asarray(state.stats.num_rounds)))
-    tokens = int(np.sum(np.asarray(state.lengths))) - prompts.size
-    return Turn(taken, rounds, tokens)
+    return Turn(taken, rounds, np.asarray(state.lengths) - prompts.shape[1], rows)
 
 
 def _start(

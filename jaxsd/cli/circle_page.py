@@ -106,38 +106,30 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _calibration_lines(result: Row) -> list[str]:
     found = result["calibration"]
     held = found["held_out"]
+    lengths = result["plan"]["lengths"]
     rows = [
         [
             batch,
-            f"{1e3 * one['host']:.3f}",
-            f"{1e3 * one['switch']:.3f}",
-            f"{1e6 * one['token']:.1f}",
-            f"{1e12 * one['parameter']:.1f}",
+            *(f"{1e3 * seconds:.2f}" for seconds in one["target_side"]),
+            f"{1e12 * one['parameter']:.0f}",
         ]
-        for batch, one in found["beyond"].items()
+        for batch, one in found["rounds"].items()
     ]
     return [
-        f"{found['num_passes']} kinds of passes, and the rounds of two draft lengths, were timed "
-        f"with random weights. Memory moves {found['bytes_per_second'] / 1e9:.1f} GB/s, products "
-        f"reach {found['flops_per_second'] / 1e9:.0f} GFLOP/s. Passes predicted without "
-        "themselves: the target's by the table of tokens "
-        f"{held['target']['median_error']:.1%} off in the median (worst "
-        f"{held['target']['worst_error']:.0%}), drafts of a shape that was not timed by the "
+        f"{found['num_passes']} kinds of passes, and rounds of every draft length, were timed with "
+        f"random weights. Memory moves {found['bytes_per_second'] / 1e9:.1f} GB/s, products reach "
+        f"{found['flops_per_second'] / 1e9:.0f} GFLOP/s. Passes predicted without themselves: the "
+        f"target's by a table of tokens {held['target']['median_error']:.1%} off in the median "
+        f"(worst {held['target']['worst_error']:.0%}), drafts of a shape that was not timed by the "
         f"formula {held['draft']['median_error']:.1%} (worst {held['draft']['worst_error']:.0%}). "
-        f"A drafting round predicted without itself is {found['round_error']:.1%} off (root mean "
-        "square).",
+        f"Rounds with a draft of whose shape nothing was timed are {found['round_error']:.1%} off "
+        "(root mean square).",
         "",
-        "What a round takes beside its passes:",
+        "The target's side of a round (its pass, sampling, deciding) in ms, and what every "
+        "parameter of the draft adds to a round, in ps:",
         "",
         *_table(
-            [
-                "batch",
-                "every round, ms",
-                "that drafts, ms",
-                "per drafted token, us",
-                "per parameter of the draft, ps",
-            ],
-            rows,
+            ["batch", "plain", *(f"K = {length}" for length in lengths), "per parameter"], rows
         ),
     ]
 

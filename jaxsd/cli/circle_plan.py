@@ -51,12 +51,13 @@ class Plan:
       learning_rate: its peak.
       head_dim: of the drafts, which have one key and value head.
       calibration_shapes: width and depth of drafts with random weights whose passes are timed.
-      calibration_contexts: tokens in the cache of a timed pass.
+      calibration_contexts: tokens in the cache of a timed pass of the target.
       lengths: draft lengths, K, that are predicted and measured.
-      fitted_lengths: those whose rounds are timed for the calibration, with random weights.
+      fitted_lengths: those whose rounds are timed with more drafts than the smallest, all with
+        random weights.
       batches: sequences decoded together.
       temperatures: the first is that of the timed decoding.
-      num_prompts: a multiple of every batch.
+      num_prompts: a multiple of every batch; of many batches not all are decoded.
       prompt_length: tokens of each.
       new_tokens: decoded after each on average, and read by target and draft for the acceptance.
       windows: held-out windows whose loss is measured.

@@ -56,6 +56,11 @@ def predict_draft(plan: Plan, laws: FittedLaws, row: Row) -> Predicted:
     )
 
 
+PARTS = ("target", "own", "draft", "switch")
+"""Of a round: the target's pass, what the loop does beside passes, the draft's passes over the
+tokens it drafts, and what it takes to come back to the draft."""
+
+
 def predict_rounds(
     plan: Plan, calibration: circle_times.Calibration, config: Any
 ) -> dict[int, dict[str, Any]]:
@@ -67,17 +72,24 @@ def predict_rounds(
         lengths = np.array(plan.lengths, np.float64)
         size = np.full(len(lengths), float(batch))
         seconds = np.asarray(costmodel.round_seconds(times, size, lengths))
-        verify = [
-            circle_times.table_seconds(calibration.target, batch, k + 1, plan.context)
-            for k in plan.lengths
-        ]
+        side = np.array(
+            [circle_times.table_seconds(times.target_pass, batch, k + 1, 0.0) for k in plan.lengths]
+        )
+        alone = np.array(
+            [
+                circle_times.table_seconds(calibration.target, batch, k + 1, plan.context)
+                for k in plan.lengths
+            ]
+        )
         draft = lengths * circle_times.draft_seconds(calibration, shape, batch, 1)
         found[batch] = {
             "plain": float(costmodel.round_seconds(times, float(batch), 0.0)),
             "seconds": seconds,
+            # Timed apart, and by noise sometimes longer than the round that it is a part of.
+            "target": np.minimum(alone, side),
+            "own": side - np.minimum(alone, side),
             "draft": draft,
-            "verify": np.array(verify),
-            "beyond": seconds - draft - np.array(verify),
+            "switch": seconds - draft - side,
         }
     return found
 
@@ -130,10 +142,7 @@ def compare_member(
                         "predicted": rounds[batch]["plain"],
                         "measured": speed["plain_round_seconds"],
                     },
-                    "parts": {
-                        part: float(rounds[batch][part][index])
-                        for part in ("draft", "verify", "beyond")
-                    },
+                    "parts": {part: float(rounds[batch][part][index]) for part in PARTS},
                 }
             )
     low, high = _bounds(laws, predicted.loss, laws.loss.error)

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import rich.console
 
@@ -67,11 +68,17 @@ def assemble(
             "num_passes": len(timed["passes"]),
             "held_out": circle_times.held_out_errors(plan, timed),
             "round_error": calibration.relative_error,
-            "beyond": {str(key): one._asdict() for key, one in calibration.beyond.items()},
-            "draft_stacks": {
-                str(key): {name: float(value) for name, value in one._asdict().items()}
-                for key, one in calibration.stacks.items()
+            "rounds": {
+                str(batch): {
+                    "target_side": np.asarray(one.target_side.seconds).tolist(),
+                    "parameter": one.parameter,
+                }
+                for batch, one in calibration.rounds.items()
             },
+            "draft_stacks": [
+                {"batch": batch, "rows": rows, **jax.tree.map(float, one._asdict())}
+                for (batch, rows), one in calibration.stacks.items()
+            ],
         },
         "family": [dict(row) for row in family],
         "measured": {name: _brief(one) for name, one in measured.items()},

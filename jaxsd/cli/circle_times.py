@@ -1,11 +1,16 @@
 """How long do passes and rounds take on this device, and of shapes that were not timed?
 
-Three things are timed, all before any draft is trained: passes of the target over every number of
-tokens that a round may verify; passes of drafts with random weights, of a few shapes; and rounds of
-two draft lengths with the smallest and the largest of them. From these follow the rounds of every
-shape, length and batch: the target's passes from a table over tokens, which knows the tiles of the
-kernels; the draft's from the formula of bytes and layers, fitted for each batch; what rounds take
-beyond from a sum of three terms.
+Timed before any draft is trained, with random weights: passes of drafts of a few shapes over one
+and two tokens of every sequence, passes of the target, and rounds in the decoder's own loop, of
+every length with the smallest of the drafts and of a few lengths with larger ones. A round's time
+
+    V(batch, K) + K d(batch, 1) + (d(batch, 2) - d(batch, 1)) + c(batch) N
+
+is that of the target's side of it, V: verifying, sampling, deciding, committing, a table of what
+was timed; of the draft's passes, d, by the formula of bytes and layers fitted for each batch and
+number of tokens (after a round that accepted all, the draft has two tokens to read, and a loop of
+fixed shapes always reads two); and for each of the draft's N parameters a time to fetch it anew
+after a pass of the target.
 """
 
 import concurrent.futures
@@ -33,8 +38,9 @@ TARGET = "target"
 # pass of the 18M target took 3.6, 2.0 and 2.0 ms, and a plain round of it 2.2.
 _WINDOW_SECONDS = 0.2
 COMPILERS = 2  # programs that are compiled at a time
-# What the formula has to find out of passes of one batch. A byte costs what it costs there,
-# arithmetic included: of one batch the two move together.
+# What the formula has to find out of passes of so many tokens. A byte costs what it costs there,
+# arithmetic included: the two move together.
+DRAFT_ROWS = (1, 2)  # tokens of each row that a draft reads in a pass: of most, of the first
 FREE_FIELDS = ("memory_efficiency", "layer_seconds", "fixed_seconds")
 _NO_OVERHEADS = costmodel.Stack(0.8, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
@@ -51,23 +57,20 @@ class Model(NamedTuple):
 class Calibration(NamedTuple):
     """Everything that a prediction needs to know of the device."""
 
-    target: costmodel.TokenTimes
-    stacks: dict[int, costmodel.Stack]  # of drafts, by batch
-    target_stacks: dict[int, costmodel.Stack]  # the same for the target, for searches by gradient
+    target: costmodel.TokenTimes  # passes of the target alone
+    rounds: dict[int, "BatchTimes"]  # by batch
+    stacks: dict[tuple[int, int], costmodel.Stack]  # of drafts, by batch and tokens of each row
+    target_stacks: dict[int, costmodel.Stack]  # of the target by batch, for searches by gradient
     chip: costmodel.Chip
-    beyond: dict[int, "Beyond"]  # what rounds take beside their passes, by batch
     relative_error: float  # of a predicted speed-up, by its times: a standard deviation of ln
     context: float
 
 
-class Beyond(NamedTuple):
-    """Seconds of a round beside its passes."""
+class BatchTimes(NamedTuple):
+    """Rounds of one batch, less what the draft takes of them."""
 
-    host: float  # of every round: sampling, deciding, committing
-    switch: float  # of every round that drafts
-    token: float  # of every drafted token of the batch's rows together
-    parameter: float  # of every parameter of the draft: after a pass of the target its weights
-    # are no longer where the processor is quick to find them, and have to be fetched once a round
+    target_side: costmodel.TokenTimes  # by tokens that are verified, all sequences together
+    parameter: float  # seconds of every parameter of the draft in a round that drafts
 
 
 def make_model(config: models.Config, params: Any, name: str = "") -> Model:
@@ -99,8 +102,9 @@ def calibrate(plan: Plan, study: Study, target: checkpoint.Pretrained) -> dict[s
             timing.make_pass_timer(model.model, loop, model.params, batch, rows, context, window)
         )
     drafts.sort(key=lambda draft: models.num_parameters(draft.config))
-    rounds = [(batch, 0, drafts[0]) for batch in plan.batches]
-    rounds += itertools.product(plan.batches, plan.fitted_lengths, (drafts[0], drafts[-1]))
+    smallest, middle, largest = drafts[0], drafts[len(drafts) // 2], drafts[-1]
+    rounds = list(itertools.product(plan.batches, (0, *plan.lengths), (smallest,)))
+    rounds += itertools.product(plan.batches, plan.fitted_lengths, (middle, largest))
     study.say(f"  compiling {len(rounds)} loops")
     # Nothing is timed yet, and a compiler keeps about one core busy.
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as threads:
@@ -135,7 +139,7 @@ def calibrate(plan: Plan, study: Study, target: checkpoint.Pretrained) -> dict[s
 
 
 def fit_times(plan: Plan, timed: Mapping[str, Any]) -> Calibration:
-    """The tables, stacks and lines that timed passes and rounds follow best.
+    """The tables and stacks that timed passes and rounds follow best.
 
     Raises:
       ValueError: the passes do not determine them.
@@ -143,24 +147,42 @@ def fit_times(plan: Plan, timed: Mapping[str, Any]) -> Calibration:
     passes = timed["passes"]
     chip = costmodel.Chip(timed["flops_per_second"], 0.0, 0.0, timed["bytes_per_second"], 1e15, 1.0)
     of_target = [one for one in passes if one["model"] == TARGET]
-    of_drafts = [one for one in passes if one["model"] != TARGET]
-    table = costmodel.fit_token_times([_timed_pass(one) for one in of_target])
-    stacks, target_stacks = {}, {}
-    for batch in plan.batches:
-        mine = [one for one in of_drafts if one["batch"] == batch]
-        stacks[batch] = fit_stack(mine, chip)
-        verified = [one for one in of_target if one["batch"] == batch]
-        target_stacks[batch] = fit_target_stack(verified, chip)
-    bare = Calibration(table, stacks, target_stacks, chip, {}, 0.0, plan.context)
-    rows = {batch: _rounds(timed, bare, batch) for batch in plan.batches}
-    return bare._replace(
-        beyond={batch: fit_beyond(rows[batch]) for batch in plan.batches},
-        relative_error=_speedup_error(rows),
+    verified = {
+        batch: [one for one in of_target if one["batch"] == batch] for batch in plan.batches
+    }
+    return Calibration(
+        target=costmodel.fit_token_times([_timed_pass(one) for one in of_target]),
+        rounds={batch: fit_rounds(timed, batch) for batch in plan.batches},
+        stacks=fit_stacks(plan, timed, chip),
+        target_stacks={batch: fit_target_stack(ones, chip) for batch, ones in verified.items()},
+        chip=chip,
+        relative_error=round_error(plan, timed, chip),
+        context=plan.context,
     )
 
 
+def fit_stacks(
+    plan: Plan, timed: Mapping[str, Any], chip: costmodel.Chip, without: str = ""
+) -> dict[tuple[int, int], costmodel.Stack]:
+    """What the software makes of the device in passes of drafts, by batch and tokens of each row.
+
+    Args:
+      plan: of the study.
+      timed: from `calibrate`.
+      chip: the device.
+      without: name of a draft whose passes are left out.
+    """
+    drafts = [one for one in timed["passes"] if one["model"] not in (TARGET, without)]
+    return {
+        (batch, rows): fit_stack(
+            [one for one in drafts if (one["batch"], one["rows"]) == (batch, rows)], chip
+        )
+        for batch, rows in itertools.product(plan.batches, DRAFT_ROWS)
+    }
+
+
 def fit_stack(passes: Sequence[dict[str, Any]], chip: costmodel.Chip) -> costmodel.Stack:
-    """What the software makes of the device in passes of drafts, of one batch."""
+    """What the software makes of the device in passes of drafts over so many tokens."""
     timed = [_timed_pass(one) for one in passes]
     for free in (FREE_FIELDS, FREE_FIELDS[1:], FREE_FIELDS[1:2]):
         try:
@@ -186,34 +208,21 @@ def round_times(
     calibration: Calibration, shape: costmodel.Shape, batch: int
 ) -> costmodel.TokenRoundTimes:
     """The times of rounds with a draft of a shape, for `costmodel.round_seconds`."""
-    one, two = (draft_seconds(calibration, shape, batch, rows) for rows in (1, 2))
-    beyond = calibration.beyond.get(batch, Beyond(0.0, 0.0, 0.0, 0.0))
-    # After a round that accepted all, the draft has two tokens to read; a loop of fixed shapes
-    # always reads two.
-    switch = beyond.switch + beyond.parameter * float(costmodel.parameters_total(shape))
+    one, two = (draft_seconds(calibration, shape, batch, rows) for rows in DRAFT_ROWS)
+    known = calibration.rounds[batch]
+    size = float(costmodel.parameters_total(shape))
     return costmodel.TokenRoundTimes(
-        calibration.target,
+        known.target_side,
         costmodel.TokenTimes(np.array([float(batch)]), np.array([one])),
         calibration.context,
-        host_seconds=beyond.host,
-        switch_seconds=switch + max(two - one, 0.0),
-        token_seconds=beyond.token * batch,
+        switch_seconds=max(two - one, 0.0) + known.parameter * size,
     )
 
 
 def draft_seconds(calibration: Calibration, shape: costmodel.Shape, batch: int, rows: int) -> float:
     """A pass of a draft of a shape over `rows` tokens of each of `batch` sequences."""
-    return float(
-        costmodel.pass_seconds(
-            shape,
-            calibration.chip,
-            batch,
-            rows,
-            calibration.context,
-            formats=FORMATS,
-            stack=calibration.stacks[batch],
-        )
-    )
+    stack = calibration.stacks[batch, rows]
+    return _formula(shape, calibration.chip, stack, batch, rows, calibration.context)
 
 
 def table_seconds(table: costmodel.TokenTimes, batch: int, rows: int, context: float) -> float:
@@ -236,16 +245,14 @@ def held_out_errors(plan: Plan, timed: Mapping[str, Any]) -> dict[str, Any]:
         table = costmodel.fit_token_times(rest)
         seconds = table_seconds(table, one["batch"], one["rows"], one["context"])
         found["target"].append(seconds / one["seconds"] - 1)
-    inner = {one["model"] for one in of_drafts}
-    for name, batch in itertools.product(sorted(inner), plan.batches):
-        rest = [one for one in of_drafts if one["model"] != name and one["batch"] == batch]
-        stack = fit_stack(rest, chip)
+    for name in sorted({one["model"] for one in of_drafts}):
+        stacks = fit_stacks(plan, timed, chip, without=name)
         for one in of_drafts:
-            if one["model"] == name and one["batch"] == batch:
-                where = one["batch"], one["rows"], one["context"]
+            if one["model"] == name:
+                where = one["batch"], one["rows"]
                 shape = costmodel.Shape(**one["shape"])
-                seconds = costmodel.pass_seconds(shape, chip, *where, formats=FORMATS, stack=stack)
-                found["draft"].append(float(seconds) / one["seconds"] - 1)
+                seconds = _formula(shape, chip, stacks[where], *where, one["context"])
+                found["draft"].append(seconds / one["seconds"] - 1)
     return {
         kind: {
             "median_error": float(np.median(np.abs(errors))),
@@ -261,7 +268,6 @@ def _points(
 ) -> list[tuple[Model, int, int, int]]:
     """Model, batch, rows and context of every timed pass."""
     lengths = (0, *plan.lengths)
-    middle = plan.calibration_contexts[len(plan.calibration_contexts) // 2]
     points = [
         (target, batch, length + 1, context)
         for context in plan.calibration_contexts
@@ -269,12 +275,27 @@ def _points(
         for length in lengths
     ]
     points += [
-        (draft, batch, rows, middle)
+        (draft, batch, rows, round(plan.context))
         for draft in drafts
         for batch in plan.batches
-        for rows in (1, 2)
+        for rows in DRAFT_ROWS
     ]
     return points
+
+
+def _formula(
+    shape: costmodel.Shape,
+    chip: costmodel.Chip,
+    stack: costmodel.Stack,
+    batch: int,
+    rows: int,
+    context: float,
+) -> float:
+    """Seconds of a pass of a shape."""
+    seconds = costmodel.pass_seconds(
+        shape, chip, batch, rows, context, formats=FORMATS, stack=stack
+    )
+    return float(seconds)
 
 
 def _timed_pass(one: dict[str, Any]) -> costmodel.TimedPass:
@@ -324,76 +345,92 @@ def make_decoder(plan: Plan, target: Model, draft: Model, length: int) -> jaxsd.
     return jaxsd.speculative(target.model, drafter, jaxsd.rejection_sampling, max_len=plan.max_len)
 
 
-class TimedRound(NamedTuple):
-    """A timed round, and what its passes alone would take."""
+def fit_rounds(timed: Mapping[str, Any], batch: int, without: str = "") -> BatchTimes:
+    """The target's side of rounds of a batch, and what a parameter of the draft costs.
 
-    batch: int
-    length: int
-    parameters: float  # of its draft
-    seconds: float
-    pass_seconds: float
+    Rounds of every length were timed with one draft, the first named. What those with another take
+    more, beyond what its passes take more, is what its parameters cost; never less than nothing.
 
+    Args:
+      timed: from `calibrate`.
+      batch: which.
+      without: name of a draft whose rounds are left out.
 
-def fit_beyond(rows: Sequence[TimedRound]) -> Beyond:
-    """What rounds of one batch take beyond their passes.
-
-    Plain rounds give the host's share. The rest is the least squares, no term below 0, of
-
-        seconds - pass_seconds - host = switch + token * batch * length + parameter * parameters
-
-    >>> rows = [TimedRound(1, k, n, 5.0 + k, 4.0) for k, n in ((0, 1e6), (2, 1e6), (6, 1e6))]
-    >>> print([round(part, 9) for part in fit_beyond(rows)])
-    [1.0, 0.0, 1.0, 0.0]
+    Raises:
+      ValueError: the draft's passes took longer than the rounds that they are a part of.
     """
-    host = max(
-        float(np.mean([row.seconds - row.pass_seconds for row in rows if not row.length])), 0
-    )
-    drafting = [row for row in rows if row.length]
-    more = np.array([row.seconds - row.pass_seconds - host for row in drafting])
-    columns = {
-        "switch": np.ones(len(drafting)),
-        "token": np.array([float(row.batch * row.length) for row in drafting]),
-        "parameter": np.array([row.parameters for row in drafting]),
-    }
-    if len(np.unique(columns["parameter"])) < 2:
-        del columns["parameter"]
-    while columns:
-        matrix = np.stack(list(columns.values()), 1)
-        scale = np.linalg.norm(matrix, axis=0)
-        found = np.linalg.lstsq(matrix / scale, more, rcond=None)[0] / scale
-        found = np.where(np.abs(found) * scale < 1e-12 * np.abs(more).max(), 0.0, found)
-        if (found >= 0).all():
-            fitted = dict(zip(columns, found.tolist(), strict=True))
-            return Beyond(host, *(fitted.get(name, 0.0) for name in Beyond._fields[1:]))
-        del columns[list(columns)[int(np.argmin(found * scale))]]
-    return Beyond(host, 0.0, 0.0, 0.0)
-
-
-def _rounds(timed: Mapping[str, Any], bare: Calibration, batch: int) -> list[TimedRound]:
-    """The timed rounds of a batch, with their passes as the calibration has them."""
+    rounds = [one for one in timed["rounds"] if one["batch"] == batch and one["draft"] != without]
+    first = rounds[0]["draft"]
     shapes = {one["model"]: costmodel.Shape(**one["shape"]) for one in timed["passes"]}
-    rows = []
-    for one in timed["rounds"]:
-        if one["batch"] == batch:
-            shape = shapes[one["draft"]]
-            passes = costmodel.round_seconds(round_times(bare, shape, batch), batch, one["length"])
-            size = float(costmodel.parameters_total(shape))
-            rows.append(TimedRound(batch, one["length"], size, one["seconds"], float(passes)))
-    return rows
+    sizes = {name: float(costmodel.parameters_total(shape)) for name, shape in shapes.items()}
+    left = {}  # of each round, without the passes of its draft
+    for one in rounds:
+        passes = _draft_passes(timed, one["draft"], batch, one["length"])
+        left[one["length"], one["draft"]] = one["seconds"] - passes
+    more = np.array(
+        [
+            [sizes[draft] - sizes[first], seconds - left[length, first]]
+            for (length, draft), seconds in left.items()
+            if draft != first
+        ]
+    ).reshape(-1, 2)
+    squares = float(np.square(more[:, 0]).sum())
+    parameter = max(float(np.prod(more, axis=1).sum()) / squares, 0.0) if squares else 0.0
+    seconds = {
+        length: value - (parameter * sizes[first] if length else 0.0)
+        for (length, draft), value in sorted(left.items())
+        if draft == first
+    }
+    if min(seconds.values()) <= 0:
+        raise ValueError(
+            f"of batch {batch}, passes of the draft {first} took longer than whole rounds with it: "
+            "the device was not quiet; delete times.json in the study's folder to time it again"
+        )
+    return BatchTimes(
+        costmodel.TokenTimes(
+            np.array([float(batch * (length + 1)) for length in seconds]),
+            np.array(list(seconds.values())),
+        ),
+        parameter,
+    )
 
 
-def _speedup_error(rows: dict[int, list[TimedRound]]) -> float:
-    """How far the ratio of a drafting round to a plain one is off, each predicted without itself.
+def round_error(plan: Plan, timed: Mapping[str, Any], chip: costmodel.Chip) -> float:
+    """How far rounds are off with a draft of whose shape nothing was timed: root mean square of ln.
 
-    Of rounds, few are timed; every drafting one in turn is left out of the fit of its batch.
+    Of the draft between the smallest and the largest, which is left out of all fits.
     """
+    names = list(dict.fromkeys(one["draft"] for one in timed["rounds"]))
+    if len(names) < 3:
+        return 0.0
+    shapes = {one["model"]: costmodel.Shape(**one["shape"]) for one in timed["passes"]}
+    middle = min(names[1:], key=lambda name: float(costmodel.parameters_total(shapes[name])))
+    known = Calibration(
+        costmodel.TokenTimes(np.ones(1), np.ones(1)),
+        {batch: fit_rounds(timed, batch, without=middle) for batch in plan.batches},
+        fit_stacks(plan, timed, chip, without=middle),
+        {},
+        chip,
+        0.0,
+        plan.context,
+    )
     errors = []
-    for ones in rows.values():
-        for index, left in enumerate(ones):
-            if left.length:
-                beyond = fit_beyond([*ones[:index], *ones[index + 1 :]])
-                predicted = left.pass_seconds + beyond.host + beyond.switch
-                predicted += beyond.token * left.batch * left.length
-                predicted += beyond.parameter * left.parameters
-                errors.append(np.log(predicted / left.seconds))
+    for one in timed["rounds"]:
+        if one["draft"] == middle:
+            times = round_times(known, shapes[middle], one["batch"])
+            seconds = costmodel.round_seconds(times, float(one["batch"]), float(one["length"]))
+            errors.append(np.log(float(seconds) / one["seconds"]))
     return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def _draft_passes(timed: Mapping[str, Any], draft: str, batch: int, length: int) -> float:
+    """Seconds of the draft's passes in a round, as they were timed."""
+    one, two = (
+        next(
+            float(each["seconds"])
+            for each in timed["passes"]
+            if (each["model"], each["batch"], each["rows"]) == (draft, batch, rows)
+        )
+        for rows in DRAFT_ROWS
+    )
+    return length * one + max(two - one, 0.0) if length else 0.0
