@@ -645,12 +645,15 @@ def _thin_product_on_cpu(rows: Array, weight: Array) -> Array:
         halves             2.25   6.18   7.17   6.33   6.84   7.26
         weight on the left 2.73   2.97   3.30   3.51   4.69   5.04
 
-    and for a pass of the 0.4M draft, whose matrices are too small to be shared by two threads:
+    and for a kernel of gates and of what they gate, `[2, d_ff, d_model]`, of a draft (best of 9,
+    microseconds, other work beside it): `_product` makes a transposed copy of it in every pass.
 
-        rows                 1      2      3
-        `_product`         0.047  0.177  0.181
-        weight on the left 0.047  0.139  0.143
-        row by row         0.047  0.088  0.130
+        [2, 432, 128], rows  1      2      4      8     40
+        `_product`          43     52     55     58    152
+        weight on the left   6     14     31     23    154
+        [2, 640, 192], rows  1      2      4      8     40
+        `_product`         138    231    185    424    452
+        weight on the left  16     27     27     56    293
 
     More rows, best of 9, for all matrices of the 30M model one after the other:
 
