@@ -129,6 +129,19 @@ def test_greedy_rounds_are_predicted_exactly_from_the_text_alone():
     assert expected == np.asarray(out.stats.num_rounds).tolist()
 
 
+def test_reading_at_several_temperatures_equals_one_after_the_other():
+    target, draft = random_model(0), random_model(1)
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 6)).astype(np.int32)
+    temperatures = (1.0, 0.5, 0.0)
+    overlap, kept = measure.make_reading(target, draft)(tokens, temperatures)
+    assert overlap.shape == kept.shape == (3, 2, 6)
+    for place, temperature in enumerate(temperatures):
+        one, _ = measure.make_overlap(target, draft)(tokens, temperature)
+        np.testing.assert_allclose(overlap[place], one, rtol=1e-5, atol=1e-6)
+        alone = measure.make_kept(target, draft)(tokens, temperature)
+        np.testing.assert_allclose(kept[place], alone, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_kept_is_the_ratio_of_both_laws():
     target, draft = random_model(0), random_model(1)
     tokens = np.array([[7, 8, 9, 10]], np.int32)

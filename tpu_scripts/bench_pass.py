@@ -116,7 +116,7 @@ def make_timers(
     for number, point in enumerate(points):
         shared.progress(f"compiling point {number + 1} of {len(points)}: {point}")
         one = models[point.role]
-        seconds = 0.001 if quick else 0.02
+        seconds = 0.001 if quick else timing.WINDOW_SECONDS
         timers.append(
             timing.make_pass_timer(one.model, loops[point.role], one.params, *point[1:], seconds)
         )

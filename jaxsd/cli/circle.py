@@ -31,7 +31,7 @@ def circle(
     Everything is in one folder: times of passes on this device, the trained drafts, what was
     measured of each, the laws, the predictions beside the measurements, the designed draft, and a
     report with figures. It can be killed at any time: the same command goes on where it was.
-    Needs the extra `plot` for the figures. `small` takes two to three hours of two cores.
+    Needs the extra `plot` for the figures. `small` is meant for two to three hours of two cores.
 
     Args:
       out: folder of the study.

@@ -25,8 +25,6 @@ from .circle_times import COMPILERS, make_decoder, make_model
 _TRIAL_ROUNDS = 16
 _READ_TOGETHER = 8  # texts in a pass
 _TEXTS_PER_PROMPT = {True: 1, False: 2}  # by whether the text is greedy, and so always the same
-
-
 # Groups of prompts that are decoded for one batch: as many as there are, and no more than this,
 # again and again until every length has been timed so often.
 _MAX_GROUPS, _MIN_TURNS = 12, 9

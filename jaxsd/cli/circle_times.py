@@ -33,10 +33,6 @@ from .compile_check import shape_of
 
 FORMATS = costmodel.Formats(4.0, 4.0, 4.0)
 TARGET = "target"
-# A timed call makes passes for so long. Decoding makes hundreds of passes of the same weights one
-# after the other; the first few after other programs are slower. In calls of 0.02, 0.1 and 0.3 s a
-# pass of the 18M target took 3.6, 2.0 and 2.0 ms, and a plain round of it 2.2.
-_WINDOW_SECONDS = 0.2
 COMPILERS = 2  # programs that are compiled at a time
 # What the formula has to find out of passes of so many tokens. A byte costs what it costs there,
 # arithmetic included: the two move together.
@@ -92,7 +88,7 @@ def calibrate(plan: Plan, study: Study, target: checkpoint.Pretrained) -> dict[s
         random_draft(plan, target.config.vocab_size, shape) for shape in plan.calibration_shapes
     ]
     points = _points(plan, whole, drafts)
-    window = 0.02 if plan.budget == "smoke" else _WINDOW_SECONDS
+    window = 0.02 if plan.budget == "smoke" else timing.WINDOW_SECONDS
     timers = []
     for number, (model, batch, rows, context) in enumerate(points):
         if number % 20 == 0:

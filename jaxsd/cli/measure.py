@@ -154,14 +154,8 @@ def make_kept(
     probability that the draft had proposed it and it was accepted, if it was drafted at all.
     """
 
-    compare = _kept_program(target.config, draft.config)
-
-    def kept(tokens: np.ndarray, temperature: float) -> np.ndarray:
-        return np.asarray(
-            compare(target.params, draft.params, tokens, np.float32(temperature)), np.float64
-        )
-
-    return kept
+    reading = make_reading(target, draft)
+    return lambda tokens, temperature: reading(tokens, [temperature])[1][0]
 
 
 def make_reading(
@@ -267,22 +261,6 @@ def _overlap_program(target: models.Config, draft: models.Config) -> Callable[..
 
 
 @functools.lru_cache(maxsize=4)
-def _kept_program(target: models.Config, draft: models.Config) -> Callable[..., Array]:
-    """Chances that the next token is kept `[B, L]`, of the same arguments."""
-
-    @jax.jit
-    def compare(target_params: Any, draft_params: Any, tokens: Array, temperature: Array) -> Array:
-        sampling = jaxsd.Sampling(temperature)
-        p, q = (
-            jaxsd.probabilities(transformer.forward(config, params, tokens), sampling)
-            for config, params in ((target, target_params), (draft, draft_params))
-        )
-        return _kept(p, q, tokens)
-
-    return compare
-
-
-@functools.lru_cache(maxsize=4)
 def _reading_program(target: models.Config, draft: models.Config) -> Callable[..., Any]:
     """Overlap and chances to be kept `[n, B, L]`, of weights, tokens and n temperatures."""
 
@@ -293,17 +271,14 @@ def _reading_program(target: models.Config, draft: models.Config) -> Callable[..
             for config, params in ((target, target_params), (draft, draft_params))
         ]
 
+        following = jnp.roll(tokens, -1, axis=1)[:, :, None]
+
         def at(temperature: Array) -> tuple[Array, Array]:
             p, q = (jaxsd.probabilities(one, jaxsd.Sampling(temperature)) for one in logits)
-            return jnp.minimum(p, q).sum(-1), _kept(p, q, tokens)
+            overlap = jnp.minimum(p, q).sum(-1)
+            p, q = (jnp.take_along_axis(law, following, axis=2)[:, :, 0] for law in (p, q))
+            return overlap, jnp.minimum(q / jnp.maximum(p, jnp.finfo(p.dtype).tiny), 1)
 
         return jax.lax.map(at, temperatures)
 
     return read
-
-
-def _kept(p: Array, q: Array, tokens: Array) -> Array:
-    """min(1, q(x) / p(x)) of the token x that follows each place `[B, L]`."""
-    following = jnp.roll(tokens, -1, axis=1)[:, :, None]
-    p, q = (jnp.take_along_axis(law, following, axis=2)[:, :, 0] for law in (p, q))
-    return jnp.minimum(q / jnp.maximum(p, jnp.finfo(p.dtype).tiny), 1)
