@@ -1,6 +1,7 @@
 """`jaxsd circle`: predict drafts before they are trained, train them, measure, and compare."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import jax
 import tyro
 
 if TYPE_CHECKING:
+    from .circle_laws import FittedLaws
     from .circle_plan import Member, Plan
     from .circle_study import Study
 
@@ -28,10 +30,10 @@ def circle(
 ) -> dict[str, Any]:
     """Trains a family of drafts, fits the laws to a part of it, predicts the rest, and designs one.
 
-    Everything is in one folder: times of passes on this device, the trained drafts, what was
-    measured of each, the laws, the predictions beside the measurements, the designed draft, and a
-    report with figures. It can be killed at any time: the same command goes on where it was.
-    Needs the extra `plot` for the figures. `small` is meant for two to three hours of two cores.
+    Everything is in one folder: times of passes on this device, the trained drafts, the laws, the
+    designed draft, what was measured of each, the predictions beside it, and a report with figures.
+    It can be killed at any time: the same command goes on where it was. Needs the extra `plot` for
+    the figures. `small` is meant for two to three hours of two cores.
 
     Args:
       out: folder of the study.
@@ -76,10 +78,13 @@ class Work(NamedTuple):
 def run(plan: "Plan", study: "Study", target: str, corpus: str | None) -> dict[str, Any]:
     """All stages of a plan, those that are done already excepted.
 
+    Nothing is decoded with a trained draft before all that is predicted is fixed: the calibration,
+    the laws, which take the losses and the acceptance of texts, and the designed draft.
+
     Raises:
       ValueError: the folder holds a study of another plan, or of another device.
     """
-    from . import circle_family, circle_measure, circle_times
+    from . import circle_family, circle_laws, circle_measure, circle_report, circle_times
 
     work = prepare(plan, study, target, corpus)
     timed = study.stage(
@@ -93,12 +98,24 @@ def run(plan: "Plan", study: "Study", target: str, corpus: str | None) -> dict[s
             **circle_measure.write_texts(plan, work.target, work.text.prompts),
         },
     )
-    family = {member.name: train(work, member) for member in plan.members}
-    measured: dict[str, Any] = {}
+    family = [train(work, member) for member in plan.members]
+    read: dict[str, Any] = {}
     for shape in dict.fromkeys(member.shape_name for member in plan.members):
-        rows = [family[one.name] for one in plan.members if one.shape_name == shape]
-        measured |= measure(work, shape, rows, about_target)
-    return conclude(work, timed, about_target, list(family.values()), measured)
+        rows = [row for row in family if row["name"].startswith(f"{shape}-")]
+        read |= read_acceptance(work, shape, rows, about_target)
+    laws = circle_laws.fit_laws(plan, family, read, about_target["loss"])
+    designed, row = design(work, timed, about_target, family, read, laws)
+    drafts = list(family)
+    if row not in drafts:
+        drafts.append(row)
+        read |= read_acceptance(work, f"design-{row['name']}", [row], about_target)
+    measured, timed_again = measure(work, drafts, read)
+    result = circle_report.assemble(
+        work, timed, timed_again, about_target, family, read | measured, laws, designed, row
+    )
+    circle_report.write(study.folder, result)
+    circle_report.show(result)
+    return result
 
 
 def prepare(plan: "Plan", study: "Study", target: str, corpus: str | None) -> Work:
@@ -150,22 +167,58 @@ def train(work: Work, member: "Member") -> dict[str, Any]:
 
 
 def measure(
-    work: Work, name: str, rows: Sequence[dict[str, Any]], about_target: dict[str, Any]
-) -> dict[str, Any]:
-    """What is measured of trained members of one shape, by their names."""
+    work: Work, rows: Sequence[dict[str, Any]], read: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everything that is known of drafts by their names, and the calibration of the same turns."""
     from . import circle_measure
 
-    read = read_acceptance(work, name, rows, about_target)
+    plan, study, names = work.plan, work.study, [row["name"] for row in rows]
+    first = circle_measure.temperature_name(plan.temperatures[0])
+    rounds = {
+        name: [plan.new_tokens / tokens for tokens in read[name]["tokens"][first]] for name in names
+    }
+    bench = circle_measure.Bench(
+        plan, study, work.target, _load(work, rows), rounds, work.text.prompts
+    )
+    made_from = [work.base, list(rows), rounds]
+    turns = [
+        study.stage(f"turns/{number}", made_from, functools.partial(bench.turn, number))
+        for number in range(plan.repeats)
+    ]
+    loops = study.stage("loops", made_from, bench.accept)
+    speeds, timed_again = circle_measure.summarise_turns(plan, bench, turns)
+    found = {name: {**read[name], "speed": speeds[name], "loop": loops[name]} for name in names}
+    return found, timed_again
 
-    def make() -> dict[str, Any]:
-        found = circle_measure.measure_shape(
-            work.plan, work.study, work.target, _load(work, rows), work.text.prompts
-        )
-        jax.clear_caches()  # programs of one shape are of no use to the next
-        return found
 
-    decoded = work.study.stage(f"measured/{name}", [work.base, list(rows)], make)
-    return {row["name"]: read[row["name"]] | decoded[row["name"]] for row in rows}
+def design(
+    work: Work,
+    timed: dict[str, Any],
+    about_target: dict[str, Any],
+    family: Sequence[dict[str, Any]],
+    read: dict[str, Any],
+    laws: "FittedLaws",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The draft that laws and calibration ask for, and what its training gave."""
+    from . import circle_design, circle_times
+    from .circle_plan import Member
+
+    calibration = circle_times.fit_times(work.plan, timed)
+    designed = work.study.stage(
+        "design",
+        [work.base, timed, about_target, list(family), read],
+        lambda: circle_design.design(
+            work.plan,
+            laws,
+            calibration,
+            work.target.config,
+            target_tokens(work.folder, family),
+            family,
+        ),
+    )
+    member = Member(**designed["member"])
+    there = [row for row in family if row["name"] == member.name]
+    return designed, there[0] if there else train(work, member)
 
 
 def read_acceptance(
@@ -190,66 +243,6 @@ def _load(work: Work, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     family = work.study.folder / FAMILY
     return {row["name"]: checkpoint.load_model(family / row["name"] / "model") for row in rows}
-
-
-def conclude(
-    work: Work,
-    timed: dict[str, Any],
-    about_target: dict[str, Any],
-    family: Sequence[dict[str, Any]],
-    measured: dict[str, Any],
-) -> dict[str, Any]:
-    """Fits, predicts, designs a draft, trains and measures it, and reports."""
-    from . import circle_design, circle_laws, circle_predict, circle_report, circle_times
-    from .circle_plan import Member, config_of
-
-    plan = work.plan
-    calibration = circle_times.fit_times(plan, timed)
-    laws = circle_laws.fit_laws(plan, family, measured, about_target["loss"])
-
-    def compare(row: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-        shape = row["d_model"], row["n_layers"]
-        config = config_of(plan, work.target.config.vocab_size, *shape)
-        return circle_predict.compare_member(plan, laws, calibration, row, config, found)
-
-    compared = [compare(row, measured[row["name"]]) for row in family]
-    designed = work.study.stage(
-        "design",
-        [work.base, timed, about_target, list(family), measured],
-        lambda: circle_design.design(
-            plan,
-            laws,
-            calibration,
-            work.target.config,
-            target_tokens(work.folder, family),
-            family,
-        ),
-    )
-    member = Member(**designed["member"])
-    row = next((row for row in family if row["name"] == member.name), None)
-    if row is None:
-        row = train(work, member)
-        found = measure(work, f"design-{member.name}", [row], about_target)[member.name]
-    else:  # the best draft is one that is there
-        found = measured[member.name]
-    result = circle_report.assemble(
-        plan,
-        work.study,
-        work.asked,
-        work.target,
-        timed,
-        calibration,
-        about_target,
-        family,
-        measured,
-        laws,
-        compared,
-        designed,
-        compare(row, found),
-    )
-    circle_report.write(work.study.folder, result)
-    circle_report.show(result)
-    return result
 
 
 def target_tokens(folder: pathlib.Path, family: Sequence[dict[str, Any]]) -> float:
@@ -300,12 +293,13 @@ def claim(study: "Study", asked: dict[str, Any], device: str) -> None:
 
 def _weights(plan: "Plan") -> dict[str, float]:
     """About how long every stage takes, in seconds of two cores; only their ratios matter."""
-    weights = {"times": 400.0, "texts": 30.0}
+    weights = {"times": 700.0, "texts": 30.0, "design": 60.0, "loops": 240.0}
+    weights |= {f"turns/{number}": 200.0 for number in range(plan.repeats)}
+    weights["turns/0"] += 1200.0  # compiling
     if plan.target_config is not None:
         weights["target"] = 30.0 * plan.target_steps
     for member in plan.members:
         per_token = 2e-5 + 1.5e-10 * 12 * member.d_model**2 * member.n_layers
         weights[f"family/{member.name}"] = 15 + member.tokens * per_token
         weights[f"acceptance/{member.shape_name}"] = 100.0
-        weights[f"measured/{member.shape_name}"] = 300.0
     return weights

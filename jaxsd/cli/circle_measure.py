@@ -1,10 +1,12 @@
-"""What are the drafts of one shape worth to the target: acceptance, tokens of a round, speed-up?
+"""What are drafts worth to the target: acceptance, tokens of a round, speed-up?
 
-Drafts of one shape differ in their weights alone, so they share every compiled program, and take
-turns in it: plain decoding, all lengths and all of these drafts at every prompt.
+Drafts of one shape differ in their weights alone, so they share every compiled program. All
+programs of all shapes take turns, plain decoding and the device's calibration among them: what
+other work on the machine takes of it, it takes of all alike.
 """
 
 import concurrent.futures
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,28 +17,22 @@ import numpy as np
 import jaxsd
 from jaxsd.models import checkpoint
 
-from . import measure, timing
-from .circle_plan import Plan
+from . import circle_times, measure, timing
+from .circle_plan import Plan, shape_name
 from .circle_study import Study
-from .circle_times import COMPILERS, make_decoder, make_model
+from .circle_times import make_decoder, make_model
 
-# Rounds in which a speculative run is shortened or lengthened are counted from a first, unmeasured
-# one of so many.
-_TRIAL_ROUNDS = 16
+PLAIN = "plain"
 _READ_TOGETHER = 8  # texts in a pass
 _TEXTS_PER_PROMPT = {True: 1, False: 2}  # by whether the text is greedy, and so always the same
-# Groups of prompts that are decoded for one batch: as many as there are, and no more than this,
-# again and again until every length has been timed so often.
-_MAX_GROUPS, _MIN_TURNS = 12, 9
 
 
-class Turn(NamedTuple):
-    """One timed run of a batch of prompts."""
+class Case(NamedTuple):
+    """What is timed as one: drafts of a shape do the same work. Plain decoding has no shape."""
 
-    seconds: float
-    rounds: int
-    tokens: np.ndarray  # [B] new ones of every row
-    prompts: Sequence[int]  # [B] which
+    shape: str
+    batch: int
+    length: int
 
 
 def temperature_name(temperature: float) -> str:
@@ -51,7 +47,7 @@ def temperature_name(temperature: float) -> str:
 def write_texts(plan: Plan, target: checkpoint.Pretrained, prompts: np.ndarray) -> dict[str, Any]:
     """What the target writes by itself after every prompt, `[N, L]` tokens for each temperature."""
     model = make_model(target.config, target.params)
-    decoder = make_decoder(plan, model, model, 0)
+    decoder = make_decoder(plan, model, None, 0)
     params = {"target": target.params, "draft": None}
     batch = max(plan.batches)
     texts = {}
@@ -86,55 +82,206 @@ def read_shape(
     return {name: _read(plan, target, draft, windows, texts) for name, draft in drafts.items()}
 
 
-def measure_shape(
-    plan: Plan,
-    study: Study,
-    target: checkpoint.Pretrained,
-    drafts: Mapping[str, checkpoint.Pretrained],
-    prompts: np.ndarray,
-) -> dict[str, Any]:
-    """Speed and accepted tokens of the drafts of one shape in the loop, by name; JSON values.
+class Bench:
+    """Everything that takes turns, compiled when the first of them is timed.
 
-    Args:
-      plan: of the study.
-      study: for its lines of progress.
-      target: the target.
-      drafts: of one shape, by name.
-      prompts: `[N, P]` that are continued.
+    Attributes:
+      cases: what is timed beside the calibration's programs.
     """
-    found: dict[str, dict[str, Any]] = {name: {"speed": {}} for name in drafts}
-    some = next(iter(drafts.values()))
-    whole, shape = (make_model(one.config, one.params) for one in (target, some))
-    decoders = {length: make_decoder(plan, whole, shape, length) for length in (0, *plan.lengths)}
-    params = {
-        name: {"target": target.params, "draft": draft.params} for name, draft in drafts.items()
-    }
-    turns = {
-        batch: _decode(plan, study, decoders, params, prompts, batch) for batch in plan.batches
-    }
-    tokens = {
-        (length, name): _tokens([one for ones in turns.values() for one in ones[length, name]])
-        for length in plan.lengths
-        for name in drafts
-    }
-    for batch, by_case in turns.items():
-        seconds = {
-            length: _round_seconds([by_case[case] for case in by_case if case[0] == length])
-            for length in (0, *plan.lengths)
+
+    def __init__(
+        self,
+        plan: Plan,
+        study: Study,
+        target: checkpoint.Pretrained,
+        drafts: Mapping[str, checkpoint.Pretrained],
+        rounds_per_text: Mapping[str, Sequence[float]],
+        prompts: np.ndarray,
+    ) -> None:
+        """Lists what there is to do.
+
+        Args:
+          plan: of the study.
+          study: for its lines of progress.
+          target: the target.
+          drafts: all of them, by name.
+          rounds_per_text: of each of them, by draft length: about how many rounds it takes.
+          prompts: `[N, P]` that are continued.
+        """
+        self._plan, self._study, self._prompts = plan, study, prompts
+        self._whole = circle_times.make_model(target.config, target.params, circle_times.TARGET)
+        self._drafts = {
+            name: circle_times.make_model(draft.config, draft.params, name)
+            for name, draft in drafts.items()
         }
-        for name in drafts:
-            found[name]["speed"][str(batch)] = {
-                "plain_round_seconds": seconds[0].value,
-                "plain_tokens_per_second": batch / seconds[0].value,
-                "by_length": [
-                    _speed(batch, length, tokens[length, name], seconds[length], seconds[0])
-                    for length in plan.lengths
-                ],
-            }
-    loop = _accept(plan, decoders[max(plan.lengths)], params, prompts)
-    for name in drafts:
-        found[name]["loop"] = loop[name]
-    return found
+        self._rounds_per_text = rounds_per_text
+        self._make = circle_times.decoder_maker(plan, self._whole)
+        self.programs = circle_times.list_programs(plan, self._whole)
+        self.members: dict[str, list[str]] = {}
+        for name, draft in self._drafts.items():
+            shape = shape_name(draft.config.d_model, draft.config.n_layers)
+            self.members.setdefault(shape, []).append(name)
+        # Plain decoding comes as often as there are shapes: every speed-up rests on it.
+        self.cases = [
+            *(Case(PLAIN, batch, 0) for batch in plan.batches for _ in self.members),
+            *(
+                Case(shape, batch, length)
+                for shape in self.members
+                for batch in plan.batches
+                for length in plan.lengths
+            ),
+        ]
+
+    @functools.cached_property
+    def _timers(self) -> list[timing.Timer]:
+        """Of the calibration's programs; all loops of all cases are compiled too."""
+        timers = circle_times.compile_programs(
+            self._plan, self._study, self._whole, self.programs, self._make
+        )
+        cases = list(dict.fromkeys(self.cases))
+        self._study.say(f"  compiling {len(cases)} loops more")
+        # Nothing is timed yet, and a compiler keeps about one core busy.
+        with concurrent.futures.ThreadPoolExecutor(circle_times.COMPILERS) as threads:
+            list(threads.map(lambda case: self._run(case, 0, 2), cases))
+        return timers
+
+    def turn(self, number: int) -> dict[str, Any]:
+        """Every program once, in an order of this turn; JSON values."""
+        timers = self._timers
+        self._study.say(f"  turn {number + 1} of {self._plan.repeats}")
+        seconds = np.zeros(len(timers))
+        runs: list[Any] = [None] * len(self.cases)
+        order = np.random.default_rng([self._plan.seed, number]).permutation(
+            len(timers) + len(self.cases)
+        )
+        for index in order.tolist():
+            if index < len(timers):
+                seconds[index] = timers[index]()
+            else:
+                runs[index - len(timers)] = self._run(self.cases[index - len(timers)], number)
+        return {"calibration": seconds.tolist(), "runs": runs}
+
+    def accept(self) -> dict[str, Any]:
+        """Acceptance by position as the loop counts it, at every temperature, by draft."""
+        plan = self._plan
+        batch, length = max(plan.batches), max(plan.lengths)
+        found: dict[str, Any] = {}
+        for name, draft in self._drafts.items():
+            found[name] = {}
+            for temperature in plan.temperatures:
+                rounds = accepted = drafted = 0
+                by_position = np.zeros(length, np.int64)
+                for first in range(0, len(self._prompts), batch):
+                    state = self._start(
+                        draft, length, range(first, first + batch), temperature, [first, 1], True
+                    )
+                    decoder, params = self._make(draft, length), self._params(draft)
+                    stats = decoder.run(params, state, jaxsd.UNTIL_DONE).stats
+                    rounds += int(np.sum(np.asarray(stats.num_rounds)))
+                    accepted += int(np.sum(np.asarray(stats.num_accepted)))
+                    drafted += int(np.sum(np.asarray(stats.num_drafted)))
+                    by_position += np.asarray(stats.accepted_by_position).sum(0)
+                found[name][temperature_name(temperature)] = {
+                    "rounds": rounds,
+                    "accepted": accepted,
+                    "drafted": drafted,
+                    "accepted_by_position": by_position.tolist(),
+                }
+        return found
+
+    def _run(self, case: Case, number: int, num_rounds: int | None = None) -> dict[str, Any]:
+        """A prefilled batch of some of the prompts and so many rounds, timed; JSON values.
+
+        As many rounds as give a row `new_tokens` on average, whatever the length, so that all are
+        timed over the same stretch of text, and all rows of a batch are busy to its end, as they
+        are where the next request takes the place of one that is done.
+        """
+        plan = self._plan
+        draft, rounds = None, float(plan.new_tokens)
+        drafts_in_turn = 1
+        if case.length:
+            names = self.members[case.shape]
+            drafts_in_turn = len(names)
+            name = names[(number + plan.batches.index(case.batch)) % len(names)]
+            draft = self._drafts[name]
+            rounds = self._rounds_per_text[name][plan.lengths.index(case.length)]
+        # Over the turns every draft sees other prompts.
+        starts = range(0, len(self._prompts), case.batch)
+        first = starts[(5 * number + number // drafts_in_turn) % len(starts)]
+        rows = range(first, first + case.batch)
+        state = self._start(
+            draft, case.length, rows, plan.temperatures[0], [number, case.batch], False
+        )
+        decoder, params = self._make(draft, case.length), self._params(draft)
+        wanted = np.int32(num_rounds or max(2, round(rounds)))
+        taken, state = timing.seconds_of(lambda: decoder.run(params, state, wanted))
+        done = int(np.max(np.asarray(state.stats.num_rounds)))
+        tokens = np.asarray(state.lengths) - plan.prompt_length
+        return {
+            "draft": None if draft is None else draft.name,
+            "seconds": taken / done,  # of a round
+            "rounds": done,
+            "tokens": tokens.tolist(),
+            "prompts": list(rows),
+        }
+
+    def _start(
+        self,
+        draft: circle_times.Model | None,
+        length: int,
+        rows: Sequence[int],
+        temperature: float,
+        key: Sequence[int],
+        to_its_end: bool,
+    ) -> jaxsd.DecodeState:
+        """The state from which the loop starts, ready on the device."""
+        limit = self._plan.new_tokens if to_its_end else None
+        decoder, params = self._make(draft, length), self._params(draft)
+        return _start(self._plan, decoder, params, self._prompts[rows], temperature, key, limit)
+
+    def _params(self, draft: circle_times.Model | None) -> dict[str, Any]:
+        return {"target": self._whole.params, "draft": None if draft is None else draft.params}
+
+
+def summarise_turns(
+    plan: Plan, bench: Bench, turns: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Speeds of drafts by name, and the calibration that was timed in the same turns.
+
+    Tokens of a round are pooled over batches, seconds over the drafts of a shape. What a whole turn
+    was slower by is taken out of all its times.
+    """
+    seconds = timing.without_pace(
+        np.array(
+            [[*turn["calibration"], *(run["seconds"] for run in turn["runs"])] for turn in turns]
+        )
+    )
+    num_programs = len(turns[0]["calibration"])
+    by_case: dict[Case, list[np.ndarray]] = {}
+    for case, column in zip(bench.cases, seconds[:, num_programs:].T, strict=True):
+        by_case.setdefault(case, []).append(column)
+    known = {case: _seconds(np.stack(columns, 1)) for case, columns in by_case.items()}
+    runs: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for turn in turns:
+        for case, run in zip(bench.cases, turn["runs"], strict=True):
+            if case.length:
+                runs.setdefault((run["draft"], case.length), []).append(run)
+    tokens = {which: _tokens(some) for which, some in runs.items()}
+    speeds: dict[str, Any] = {}
+    for shape, names in bench.members.items():
+        for name in names:
+            speeds[name] = {}
+            for batch in plan.batches:
+                plain = known[Case(PLAIN, batch, 0)]
+                speeds[name][str(batch)] = {
+                    "plain_round_seconds": plain.value,
+                    "plain_tokens_per_second": batch / plain.value,
+                    "by_length": [
+                        _speed(batch, k, tokens[name, k], known[Case(shape, batch, k)], plain)
+                        for k in plan.lengths
+                    ],
+                }
+    return speeds, circle_times.describe(bench.programs, seconds[:, :num_programs])
 
 
 def shares_of_rounds(kept: Sequence[np.ndarray], num_tokens: int) -> tuple[np.ndarray, float]:
@@ -225,85 +372,31 @@ class Counted(NamedTuple):
     num: int
 
 
-def _decode(
-    plan: Plan,
-    study: Study,
-    decoders: Mapping[int, jaxsd.Decoder],
-    params: Mapping[str, Any],
-    prompts: np.ndarray,
-    batch: int,
-) -> dict[tuple[int, str], list[Turn]]:
-    """Timed runs by length and draft, which take turns at all groups of prompts.
-
-    A run has so many rounds that a row gets `new_tokens` on average, whatever the length, so that
-    all of them are timed over the same stretch of text, and all rows of a batch are busy to its
-    end, as they are where the next request takes the place of one that is done. Plain decoding,
-    under length 0, comes as often as there are drafts.
-    """
-
-    def trial(length: int) -> dict[tuple[int, str], int]:
-        found = {}
-        for name in params:
-            turn = _run(
-                plan, decoders[length], params[name], prompts, range(batch), _TRIAL_ROUNDS, [-1]
-            )
-            mean = float(turn.tokens.mean()) / turn.rounds
-            found[length, name] = max(1, round(plan.new_tokens / mean))
-        return found
-
-    study.say(f"  batch {batch}: compiling {len(decoders)} loops")
-    num_rounds: dict[tuple[int, str], int] = {}
-    # Nothing is timed yet, and a compiler keeps about one core busy.
-    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as threads:
-        for found in threads.map(trial, (0, *plan.lengths)):
-            num_rounds |= found
-    cases = list(num_rounds)
-    starts = range(0, len(prompts), batch)
-    chosen = [starts[i * len(starts) // _MAX_GROUPS] for i in range(_MAX_GROUPS)]
-    groups = chosen if len(starts) > _MAX_GROUPS else list(starts)
-    groups = groups * math.ceil(_MIN_TURNS / (len(groups) * len(params)))
-    study.say(f"  batch {batch}: decoding {len(groups)} groups of prompts in {len(cases)} ways")
-    turns: dict[tuple[int, str], list[Turn]] = {case: [] for case in cases}
-    for number, first in enumerate(groups):
-        for place in range(len(cases)):
-            case = cases[(place + number * 7) % len(cases)]
-            length, name = case
-            rows = range(first, first + batch)
-            key = [number, batch]
-            turns[case].append(
-                _run(plan, decoders[length], params[name], prompts, rows, num_rounds[case], key)
-            )
-    return turns
-
-
-def _tokens(turns: Sequence[Turn]) -> Counted:
-    """Tokens of a round, over all turns of a length and a draft, whatever their batch.
+def _tokens(runs: Sequence[Mapping[str, Any]]) -> Counted:
+    """Tokens of a round, over all runs of a length and a draft, whatever their batch.
 
     Rows do not know of each other, so that one alone and one of eight count alike. Texts after the
     same prompt are no independent evidence: the error is that between prompts.
     """
     tokens: dict[int, float] = {}
     rounds: dict[int, int] = {}
-    for turn in turns:
-        for prompt, count in zip(turn.prompts, turn.tokens.tolist(), strict=True):
+    for run in runs:
+        for prompt, count in zip(run["prompts"], run["tokens"], strict=True):
             tokens[prompt] = tokens.get(prompt, 0.0) + count
-            rounds[prompt] = rounds.get(prompt, 0) + turn.rounds
+            rounds[prompt] = rounds.get(prompt, 0) + run["rounds"]
     means = np.array([tokens[prompt] / rounds[prompt] for prompt in tokens])
     mean = sum(tokens.values()) / sum(rounds.values())
     error = float(np.std(means, ddof=1)) / mean / math.sqrt(len(means)) if len(means) > 1 else 0.0
     return Counted(mean, error, sum(rounds.values()))
 
 
-def _round_seconds(turns_of_drafts: Sequence[Sequence[Turn]]) -> Counted:
-    """Median over turns: what disturbs a machine only ever adds, and not to every turn.
-
-    Of all drafts of a shape: a round does the same work whatever is in their weights.
-    """
-    seconds = np.array([turn.seconds / turn.rounds for turns in turns_of_drafts for turn in turns])
+def _seconds(seconds: np.ndarray) -> Counted:
+    """Median of `[turns, runs]`: what disturbs a machine only ever adds, and not to every turn."""
+    every = seconds.ravel()
     # A median is known less well than a mean, by sqrt(pi / 2) of a normal distribution.
-    spread = float(np.std(np.log(seconds), ddof=1)) if len(seconds) > 1 else 0.0
-    error = spread * math.sqrt(math.pi / 2 / len(seconds))
-    return Counted(float(np.median(seconds)), error, len(seconds))
+    spread = float(np.std(np.log(every), ddof=1)) if len(every) > 1 else 0.0
+    error = spread * math.sqrt(math.pi / 2 / len(every))
+    return Counted(float(np.median(every)), error, len(every))
 
 
 def _speed(
@@ -320,52 +413,6 @@ def _speed(
         "relative_error": math.hypot(*errors),
         "rounds": tokens.num,
     }
-
-
-def _accept(
-    plan: Plan, decoder: jaxsd.Decoder, params: Mapping[str, Any], prompts: np.ndarray
-) -> dict[str, Any]:
-    """Acceptance by position as the loop counts it, at every temperature."""
-    batch, length = max(plan.batches), max(plan.lengths)
-    found: dict[str, Any] = {name: {} for name in params}
-    for name, weights in params.items():
-        for temperature in plan.temperatures:
-            rounds = accepted = drafted = 0
-            by_position = np.zeros(length, np.int64)
-            for first in range(0, len(prompts), batch):
-                group = prompts[first : first + batch]
-                state = _start(
-                    plan, decoder, weights, group, temperature, [first, 1], plan.new_tokens
-                )
-                stats = decoder.run(weights, state, jaxsd.UNTIL_DONE).stats
-                rounds += int(np.sum(np.asarray(stats.num_rounds)))
-                accepted += int(np.sum(np.asarray(stats.num_accepted)))
-                drafted += int(np.sum(np.asarray(stats.num_drafted)))
-                by_position += np.asarray(stats.accepted_by_position).sum(0)
-            found[name][temperature_name(temperature)] = {
-                "rounds": rounds,
-                "accepted": accepted,
-                "drafted": drafted,
-                "accepted_by_position": by_position.tolist(),
-            }
-    return found
-
-
-def _run(
-    plan: Plan,
-    decoder: jaxsd.Decoder,
-    params: Any,
-    prompts: np.ndarray,
-    rows: Sequence[int],
-    num_rounds: int,
-    key: Sequence[int],
-) -> Turn:
-    """A prefilled batch of some of the prompts, so many rounds, timed."""
-    group = prompts[list(rows)]
-    state = _start(plan, decoder, params, group, plan.temperatures[0], key)
-    taken, state = timing.seconds_of(lambda: decoder.run(params, state, np.int32(num_rounds)))
-    rounds = int(np.max(np.asarray(state.stats.num_rounds)))
-    return Turn(taken, rounds, np.asarray(state.lengths) - prompts.shape[1], rows)
 
 
 def _start(

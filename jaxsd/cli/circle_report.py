@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -23,41 +23,63 @@ from . import (
 )
 from .circle_laws import FittedLaws, Row
 from .circle_measure import temperature_name
-from .circle_plan import Plan
-from .circle_study import PLAN_STAGE, Study, read
+from .circle_plan import Plan, config_of
+from .circle_study import PLAN_STAGE, read
 from .circle_study import write as write_json
+
+if TYPE_CHECKING:
+    from .circle import Work
 
 REPORT_JSON, REPORT_PAGE = "report.json", "report.md"
 
 
 def assemble(
-    plan: Plan,
-    study: Study,
-    asked: Mapping[str, Any],
-    target: Any,
+    work: "Work",
     timed: Row,
-    calibration: circle_times.Calibration,
+    timed_again: Row,
     about_target: Row,
     family: Sequence[Row],
     measured: Mapping[str, Row],
     laws: FittedLaws,
-    compared: Sequence[Row],
     designed: Row,
-    about_design: Row,
+    design_row: Row,
 ) -> dict[str, Any]:
-    """The whole report; JSON values, the same whenever it is made of the same stages."""
+    """The whole report; JSON values, the same whenever it is made of the same stages.
+
+    Args:
+      work: plan, folder and target.
+      timed: the calibration, from before any draft was trained.
+      timed_again: that of the turns in which drafts were measured, without the device's speeds.
+      about_target: its loss and texts.
+      family: rows of the members.
+      measured: all that was measured of them and of the designed draft, by name.
+      laws: fitted.
+      designed: from `circle_design.design`.
+      design_row: of the designed draft.
+    """
+    plan, study, target = work.plan, work.study, work.target
+    before = circle_times.fit_times(plan, timed)
+    calibration = circle_times.fit_times(plan, {**timed, **timed_again})
+
+    def compare(row: Row, times: circle_times.Calibration) -> dict[str, Any]:
+        shape = row["d_model"], row["n_layers"]
+        config = config_of(plan, target.config.vocab_size, *shape)
+        return circle_predict.compare_member(plan, laws, times, row, config, measured[row["name"]])
+
+    compared = [compare(row, calibration) for row in family]
+    early = [compare(row, before) for row in family if row["is_held_out"]]
     first = read(study.path(PLAN_STAGE)) or {}
     held_out = [one for one in compared if one["is_held_out"]]
     fitted = [one for one in compared if not one["is_held_out"]]
     return {
-        "command": command(asked),
+        "command": command(work.asked),
         "device": first.get("device"),
         "date": first.get("date"),
         "versions": first.get("versions"),
         "seconds": study.seconds,
         "plan": plan.to_dict(),
         "target": {
-            "name": asked["target"] if plan.target_config is None else plan.target_config,
+            "name": work.asked["target"] if plan.target_config is None else plan.target_config,
             "parameters": models.num_parameters(target.config),
             "loss": about_target["loss"],
             "perplexity": math.exp(about_target["loss"]),
@@ -66,15 +88,10 @@ def assemble(
             "bytes_per_second": timed["bytes_per_second"],
             "flops_per_second": timed["flops_per_second"],
             "num_passes": len(timed["passes"]),
-            "held_out": circle_times.held_out_errors(plan, timed),
+            "held_out": circle_times.held_out_errors(plan, {**timed, **timed_again}),
             "round_error": calibration.relative_error,
-            "rounds": {
-                str(batch): {
-                    "target_side": np.asarray(one.target_side.seconds).tolist(),
-                    "parameter": one.parameter,
-                }
-                for batch, one in calibration.rounds.items()
-            },
+            "rounds": _describe_rounds(calibration),
+            "rounds_before": _describe_rounds(before),
             "draft_stacks": [
                 {"batch": batch, "rows": rows, **jax.tree.map(float, one._asdict())}
                 for (batch, rows), one in calibration.stacks.items()
@@ -86,10 +103,13 @@ def assemble(
         "published": circle_laws.published_comparison(
             family, measured, about_target["loss"], plan.temperatures[0]
         ),
-        "independence": circle_laws.independence(plan, measured),
+        "independence": circle_laws.independence(
+            plan, {row["name"]: measured[row["name"]] for row in family}
+        ),
         "along_the_way": circle_laws.along_the_way(laws, family),
-        "members": [dict(one) for one in compared],
+        "members": compared,
         "held_out": circle_predict.summarise(held_out),
+        "held_out_by_times_before": circle_predict.summarise(early),
         "fitted": circle_predict.summarise(fitted),
         "curves": {
             str(layers): circle_design.curve(
@@ -102,7 +122,20 @@ def assemble(
             )
             for layers in sorted({layers for _, layers in plan.shapes})
         },
-        "design": judge_design(plan, compared, designed, about_design),
+        "design": judge_design(
+            compared, designed, compare(design_row, before), compare(design_row, calibration)
+        ),
+    }
+
+
+def _describe_rounds(calibration: circle_times.Calibration) -> dict[str, Any]:
+    """The target's side of rounds, and what every parameter of a draft adds, by batch."""
+    return {
+        str(batch): {
+            "target_side": np.asarray(one.target_side.seconds).tolist(),
+            "parameter": one.parameter,
+        }
+        for batch, one in calibration.rounds.items()
     }
 
 
@@ -120,23 +153,31 @@ def command(asked: Mapping[str, Any]) -> str:
 
 
 def judge_design(
-    plan: Plan, compared: Sequence[Row], designed: Row, about_design: Row
+    compared: Sequence[Row], designed: Row, about_design: Row, with_times_of_turns: Row
 ) -> dict[str, Any]:
-    """The designed draft beside its prediction and beside the best of the family."""
+    """The designed draft beside its prediction and beside the best of the family.
+
+    What was predicted is what the calibration from before its training gives, by which it was
+    chosen; beside it stands what the calibration of the measurement's own turns gives.
+    """
     batch = str(designed["batch"])
     own = about_design["best"][batch]
     best = max(compared, key=lambda one: one["best"][batch]["measured_speedup"])
     reached = best["best"][batch]["measured_speedup"]
-    at_chosen = next(
-        point
-        for point in about_design["points"]
-        if str(point["batch"]) == batch and point["length"] == designed["length"]
+    at_chosen, again = (
+        next(
+            point
+            for point in about["points"]
+            if str(point["batch"]) == batch and point["length"] == designed["length"]
+        )
+        for about in (about_design, with_times_of_turns)
     )
     return {
         **designed,
         "measured": about_design,
         "predicted_speedup": at_chosen["from_sizes"],
         "predicted_interval": at_chosen["from_sizes_interval"],
+        "predicted_with_times_of_turns": again["from_sizes"],
         "measured_speedup": at_chosen["measured"],
         "best_length": own["measured"],
         "best_speedup": own["measured_speedup"],

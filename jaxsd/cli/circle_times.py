@@ -15,7 +15,7 @@ after a pass of the target.
 
 import concurrent.futures
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,35 +81,78 @@ def random_draft(plan: Plan, vocab_size: int, shape: tuple[int, int]) -> Model:
     return make_model(config, params, shape_name(*shape))
 
 
-def calibrate(plan: Plan, study: Study, target: checkpoint.Pretrained) -> dict[str, Any]:
-    """Times passes and rounds on the default device; JSON values."""
-    whole = make_model(target.config, target.params, TARGET)
+class Programs(NamedTuple):
+    """What is timed to know the device: passes, and rounds in the decoder's own loop."""
+
+    points: list[tuple[Model, int, int, int]]  # model, batch, rows and context of every pass
+    rounds: list[tuple[int, int, Model]]  # batch, length and draft of every round
+
+
+def list_programs(plan: Plan, target: Model) -> Programs:
+    """Passes of the target and of drafts with random weights, and rounds of three of those."""
     drafts = [
         random_draft(plan, target.config.vocab_size, shape) for shape in plan.calibration_shapes
     ]
-    points = _points(plan, whole, drafts)
-    window = 0.02 if plan.budget == "smoke" else timing.WINDOW_SECONDS
-    timers = []
-    for number, (model, batch, rows, context) in enumerate(points):
-        if number % 20 == 0:
-            study.say(f"  compiling pass {number + 1} of {len(points)}")
-        loop = timing.make_pass_loop(model.model)
-        timers.append(
-            timing.make_pass_timer(model.model, loop, model.params, batch, rows, context, window)
-        )
+    points = _points(plan, target, drafts)
     drafts.sort(key=lambda draft: models.num_parameters(draft.config))
     smallest, middle, largest = drafts[0], drafts[len(drafts) // 2], drafts[-1]
     rounds = list(itertools.product(plan.batches, (0, *plan.lengths), (smallest,)))
     rounds += itertools.product(plan.batches, plan.fitted_lengths, (middle, largest))
-    study.say(f"  compiling {len(rounds)} loops")
+    return Programs(points, rounds)
+
+
+def compile_programs(
+    plan: Plan,
+    study: Study,
+    target: Model,
+    programs: Programs,
+    make: Callable[[Model | None, int], jaxsd.Decoder],
+) -> list[timing.Timer]:
+    """A timer of every pass, then of every round.
+
+    Args:
+      plan: of the study.
+      study: for its lines of progress.
+      target: the target.
+      programs: from `list_programs`.
+      make: from `decoder_maker`.
+    """
+    window = 0.02 if plan.budget == "smoke" else timing.WINDOW_SECONDS
+    timers = []
+    for number, (model, batch, rows, context) in enumerate(programs.points):
+        if number % 20 == 0:
+            study.say(f"  compiling pass {number + 1} of {len(programs.points)}")
+        loop = timing.make_pass_loop(model.model)
+        timers.append(
+            timing.make_pass_timer(model.model, loop, model.params, batch, rows, context, window)
+        )
+    study.say(f"  compiling {len(programs.rounds)} loops")
     # Nothing is timed yet, and a compiler keeps about one core busy.
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as threads:
         timers += threads.map(
-            lambda case: _round_timer(plan, whole, case[2], case[0], case[1]), rounds
+            lambda case: _round_timer(plan, target, case[2], case[0], case[1], make),
+            programs.rounds,
         )
+    return timers
+
+
+def calibrate(plan: Plan, study: Study, target: checkpoint.Pretrained) -> dict[str, Any]:
+    """Times passes and rounds on the default device; JSON values."""
+    whole = make_model(target.config, target.params, TARGET)
+    programs = list_programs(plan, whole)
+    timers = compile_programs(plan, study, whole, programs, decoder_maker(plan, whole))
     study.say(f"  timing {len(timers)} programs in {plan.repeats} turns")
-    seconds = timing.in_turns(timers, plan.repeats)
-    typical = timing.typical(seconds)
+    seconds = timing.without_pace(timing.in_turns(timers, plan.repeats))
+    return {
+        **describe(programs, seconds),
+        "bytes_per_second": timing.memory_speed(2**24 if plan.budget == "smoke" else 2**28),
+        "flops_per_second": timing.product_speed(256 if plan.budget == "smoke" else 2048),
+    }
+
+
+def describe(programs: Programs, seconds: np.ndarray) -> dict[str, Any]:
+    """Medians of what was timed, `[turns, programs]` seconds, as JSON values."""
+    typical = np.median(seconds, axis=0)
     passes = [
         {
             "model": model.name,
@@ -121,16 +164,15 @@ def calibrate(plan: Plan, study: Study, target: checkpoint.Pretrained) -> dict[s
             "lowest": float(seconds[:, index].min()),
             "highest": float(seconds[:, index].max()),
         }
-        for index, (model, batch, rows, context) in enumerate(points)
+        for index, (model, batch, rows, context) in enumerate(programs.points)
     ]
+    of_rounds = zip(programs.rounds, typical[len(passes) :], strict=True)
     return {
         "passes": passes,
         "rounds": [
             {"batch": batch, "length": length, "draft": draft.name, "seconds": float(value)}
-            for (batch, length, draft), value in zip(rounds, typical[len(points) :], strict=True)
+            for (batch, length, draft), value in of_rounds
         ],
-        "bytes_per_second": timing.memory_speed(2**24 if plan.budget == "smoke" else 2**28),
-        "flops_per_second": timing.product_speed(256 if plan.budget == "smoke" else 2048),
     }
 
 
@@ -301,10 +343,17 @@ def _timed_pass(one: dict[str, Any]) -> costmodel.TimedPass:
     return costmodel.TimedPass(shape, *where, formats=FORMATS)
 
 
-def _round_timer(plan: Plan, target: Model, draft: Model, batch: int, length: int) -> timing.Timer:
+def _round_timer(
+    plan: Plan,
+    target: Model,
+    draft: Model,
+    batch: int,
+    length: int,
+    make: Callable[[Model | None, int], jaxsd.Decoder],
+) -> timing.Timer:
     """Seconds of a round in the decoder's own loop; compiled by a first call."""
-    decoder = make_decoder(plan, target, draft, length)
-    params = {"target": target.params, "draft": draft.params}
+    decoder = make(draft if length else None, length)
+    params = {"target": target.params, "draft": draft.params if length else None}
     # About as many as the study's texts will take: the call itself is a part of what is timed.
     num_rounds = max(2, plan.new_tokens // 2 if length else plan.new_tokens)
     calls = itertools.count()
@@ -335,10 +384,23 @@ def _round_timer(plan: Plan, target: Model, draft: Model, batch: int, length: in
     return seconds
 
 
-def make_decoder(plan: Plan, target: Model, draft: Model, length: int) -> jaxsd.Decoder:
-    """Plain decoding for length 0; it does not stop at an end of text."""
-    drafter = jaxsd.model_drafter(draft.model, length) if length else jaxsd.no_drafter()
+def make_decoder(plan: Plan, target: Model, draft: Model | None, length: int) -> jaxsd.Decoder:
+    """Plain decoding without a draft; it does not stop at an end of text."""
+    drafter = jaxsd.no_drafter() if draft is None else jaxsd.model_drafter(draft.model, length)
     return jaxsd.speculative(target.model, drafter, jaxsd.rejection_sampling, max_len=plan.max_len)
+
+
+def decoder_maker(plan: Plan, target: Model) -> Callable[[Model | None, int], jaxsd.Decoder]:
+    """`make_decoder` that makes, and so compiles, only one for drafts of equal configuration."""
+    made: dict[tuple[models.Config | None, int], jaxsd.Decoder] = {}
+
+    def make(draft: Model | None, length: int) -> jaxsd.Decoder:
+        key = (draft and draft.config, length)
+        if key not in made:
+            made[key] = make_decoder(plan, target, draft, length)
+        return made[key]
+
+    return make
 
 
 def fit_rounds(timed: Mapping[str, Any], batch: int, without: str = "") -> BatchTimes:

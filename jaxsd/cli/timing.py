@@ -52,14 +52,18 @@ def in_turns(
 
 
 def typical(seconds: np.ndarray) -> np.ndarray:
-    """Medians `[n]` over turns `[repeats, n]`, without what a whole turn was slower by.
+    """Medians `[n]` over turns `[repeats, n]`, without what a whole turn was slower by."""
+    return np.median(without_pace(seconds), axis=0)
+
+
+def without_pace(seconds: np.ndarray) -> np.ndarray:
+    """Seconds `[repeats, n]` of turns, without what a whole turn was slower by.
 
     A turn's pace is the median, over what was timed, of its seconds over the median seconds. On a
-    quiet machine every pace is 1 and this is the median. Paces are scaled to a median of 1.
+    quiet machine every pace is 1 and nothing changes. Paces are scaled to a median of 1.
     """
-    medians = np.median(seconds, axis=0)
-    paces = np.median(seconds / medians, axis=1)
-    return np.median(seconds / (paces / np.median(paces))[:, None], axis=0)
+    paces = np.median(seconds / np.median(seconds, axis=0), axis=1)
+    return seconds / (paces / np.median(paces))[:, None]
 
 
 def make_pass_loop(model: jaxsd.LanguageModel) -> Callable[..., tuple[Array, Any]]:
