@@ -111,9 +111,9 @@ LIMIT_NAMES = (
     "parameters of the draft",
     "memory of the draft",
     "the draft's share of the target",
-    "d_model / n_layers above the loss law's range",
-    "d_model / n_layers below the loss law's range",
-    "number of layers below the loss law's range",
+    "the loss law's greatest d_model / n_layers",
+    "the loss law's least d_model / n_layers",
+    "the loss law's least number of layers",
 )
 _NUM_WITHOUT_DRAFT = 3  # of these, plain decoding has to meet so many
 

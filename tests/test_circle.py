@@ -182,15 +182,15 @@ def test_the_targets_side_of_rounds_is_recovered(texts):
 
 
 def test_tokens_and_seconds_of_turns_are_pooled():
-    """Tokens over batches, by prompt; seconds over drafts."""
-    alone = circle_measure.Turn(0.2, 10, np.array([20]), [0])
-    pair = circle_measure.Turn(0.3, 10, np.array([10, 40]), [0, 1])
+    """Tokens over batches, by prompt; seconds over turns."""
+    alone = {"rounds": 10, "tokens": [20], "prompts": [0]}
+    pair = {"rounds": 10, "tokens": [10, 40], "prompts": [0, 1]}
     tokens = circle_measure._tokens([alone, pair])
     assert tokens.value == pytest.approx(70 / 30)
     assert tokens.num == 30
     # Prompt 0 has 1.5 tokens a round, prompt 1 has 4.
     assert tokens.relative_error == pytest.approx(np.std([1.5, 4], ddof=1) / (7 / 3) / math.sqrt(2))
-    seconds = circle_measure._round_seconds([[alone], [pair, pair]])
+    seconds = circle_measure._seconds(np.array([[0.02], [0.03], [0.03]]))
     assert seconds.value == pytest.approx(0.03)
     assert seconds.num == 3
     assert seconds.relative_error > 0
@@ -200,7 +200,7 @@ def test_tokens_and_seconds_of_turns_are_pooled():
     assert speed["relative_error"] > math.hypot(0.1, tokens.relative_error)
     # One turn says nothing of its spread.
     assert circle_measure._tokens([alone]).relative_error == 0
-    assert circle_measure._round_seconds([[alone]]).relative_error == 0
+    assert circle_measure._seconds(np.array([[0.02]])).relative_error == 0
 
 
 def test_planted_laws_are_found_and_predict_what_was_held_out(family):
@@ -322,10 +322,10 @@ def test_what_cannot_be_read_does_not_take_the_folder(wrong, texts, tmp_path):
     assert study.has(circle_study.PLAN_STAGE)
 
 
-def test_drafts_of_one_shape_are_measured(texts, tmp_path):
+def test_drafts_are_measured_in_turns(texts, tmp_path):
     """With the target itself as one of the drafts, everything that it proposes is accepted."""
     plan = dataclasses.replace(PLAN, lengths=(1, 2), temperatures=(1.0, 0.0), num_prompts=4)
-    plan = dataclasses.replace(plan, batches=(2,))
+    plan = dataclasses.replace(plan, batches=(2,), fitted_lengths=(1,))
     target = checkpoint.load_model(texts / "target")
     text = circle_family.read_text(plan, str(texts / "texts"), target.tokenizer)
     written = circle_measure.write_texts(plan, target, text.prompts)["texts"]
@@ -336,9 +336,26 @@ def test_drafts_of_one_shape_are_measured(texts, tmp_path):
     drafts = {"itself": target, "another": target._replace(params=other)}
     study = circle_study.Study(tmp_path, show_progress=False)
     read = circle_measure.read_shape(plan, target, drafts, text.windows, written)
-    found = circle_measure.measure_shape(plan, study, target, drafts, text.prompts)
-    for name in drafts:
-        one = read[name] | found[name]
+    narrow = circle_plan.config_of(plan, VOCAB, 16, 1)
+    drafts["narrow"] = target._replace(
+        config=narrow, params=models.init_params(narrow, jax.random.key(2))
+    )
+    rounds = {name: [4.0, 3.0] for name in drafts}
+    bench = circle_measure.Bench(plan, study, target, drafts, rounds, text.prompts)
+    # Plain decoding as often as there are shapes.
+    assert bench.members == {"w32-l1": ["itself", "another"], "w16-l1": ["narrow"]}
+    assert [case.length for case in bench.cases] == [0, 0, 1, 2, 1, 2]
+    turns = [bench.turn(number) for number in range(4)]
+    json.dumps(turns, allow_nan=False)
+    assert {run["draft"] for turn in turns for run in turn["runs"]} == {None, *drafts}
+    of_itself = [run for turn in turns for run in turn["runs"] if run["draft"] == "itself"]
+    assert len({tuple(run["prompts"]) for run in of_itself}) == 2
+    loops = bench.accept()
+    speeds, timed = circle_measure.summarise_turns(plan, bench, turns)
+    assert set(speeds) == set(drafts)
+    circle_times.fit_rounds(timed, 2)
+    for name in ("itself", "another"):
+        one = {**read[name], "speed": speeds[name], "loop": loops[name]}
         for heat in ("1", "0"):
             counted = one["loop"][heat]
             by_position = np.array(counted["accepted_by_position"])
@@ -359,7 +376,7 @@ def test_drafts_of_one_shape_are_measured(texts, tmp_path):
             assert row["length"] == length
             assert 1 <= row["tokens"] <= length + 1
             assert row["speedup"] == pytest.approx(row["tokens"] * plain / row["round_seconds"])
-    itself = found["itself"]["speed"]["2"]["by_length"]
+    itself = speeds["itself"]["2"]["by_length"]
     assert [row["tokens"] for row in itself] == [2, 3]
 
 
@@ -404,31 +421,32 @@ def planted_calibration():
     return circle_times.Calibration(table, rounds, stacks, {1: stack}, chip, 0.0, PLAN.context)
 
 
+def planted_seconds(plan, programs):
+    """What passes and rounds of a calibration take on it."""
+    known = planted_calibration()
+    seconds = []
+    for model, batch, rows, context in programs.points:
+        if model.name == circle_times.TARGET:
+            taken = known.target.pass_seconds(*np.float32([batch, rows, context]))
+        else:
+            shape = circle_times.shape_of(model.config)
+            taken = circle_times.draft_seconds(known._replace(context=context), shape, batch, rows)
+        seconds.append(float(taken))
+    return [*seconds, *(round_seconds(draft.config, k) for _, k, draft in programs.rounds)]
+
+
+def round_seconds(config, length):
+    """A round of one sequence on it."""
+    times = circle_times.round_times(planted_calibration(), circle_times.shape_of(config), 1)
+    return float(costmodel.round_seconds(times, 1.0, float(length)))
+
+
 def planted_times(plan, study, target):
     """What `circle_times.calibrate` would time on it."""
-    known = planted_calibration()
     whole = circle_times.make_model(target.config, target.params, circle_times.TARGET)
-    drafts = [circle_times.random_draft(plan, VOCAB, one) for one in plan.calibration_shapes]
-    passes = []
-    for model, batch, rows, context in circle_times._points(plan, whole, drafts):
-        shape = circle_times.shape_of(model.config)
-        if model is whole:
-            seconds = known.target.pass_seconds(*np.float32([batch, rows, context]))
-        else:
-            seconds = circle_times.draft_seconds(
-                known._replace(context=context), shape, batch, rows
-            )
-        shape = jax.tree.map(float, shape)._asdict()
-        where = {"batch": batch, "rows": rows, "context": context, "seconds": float(seconds)}
-        passes.append({"model": model.name, "shape": shape, **where})
-    rounds = []
-    cases = list(itertools.product(drafts[:1], (0, *plan.lengths)))
-    for draft, length in [*cases, *itertools.product(drafts[1:3], plan.fitted_lengths)]:
-        times = circle_times.round_times(known, circle_times.shape_of(draft.config), 1)
-        seconds = float(costmodel.round_seconds(times, 1.0, float(length)))
-        rounds.append({"batch": 1, "length": length, "draft": draft.name, "seconds": seconds})
-    speeds = {"bytes_per_second": 1e9, "flops_per_second": 1e12}
-    return {"passes": passes, "rounds": rounds, **speeds}
+    programs = circle_times.list_programs(plan, whole)
+    found = circle_times.describe(programs, np.array([planted_seconds(plan, programs)]))
+    return {**found, "bytes_per_second": 1e9, "flops_per_second": 1e12}
 
 
 def planted_loss(name):
@@ -445,40 +463,40 @@ def planted_readings(plan, target, drafts, windows, texts):
     return {name: planted_acceptance(math.exp(planted_loss(name))) for name in drafts}
 
 
-def planted_measurements(plan, study, target, drafts, prompts):
-    """What `circle_measure.measure_shape` would find, were the planted laws the truth."""
-    found = {}
-    for name, draft in drafts.items():
-        one = planted_acceptance(math.exp(planted_loss(name)))
-        times = circle_times.round_times(
-            planted_calibration(), circle_times.shape_of(draft.config), 1
-        )
-        plain = float(costmodel.round_seconds(times, 1.0, 0.0))
-        rows = []
-        for length, tokens in zip(plan.lengths, one["tokens"]["1"], strict=True):
-            seconds = float(costmodel.round_seconds(times, 1.0, float(length)))
-            rows.append(
-                {
-                    "length": length,
-                    "round_seconds": seconds,
-                    "tokens": tokens,
-                    "tokens_per_second": tokens / seconds,
-                    "speedup": tokens * plain / seconds,
-                    "relative_error": 0.01,
-                    "rounds": 100,
-                }
-            )
-        speed = {"plain_round_seconds": plain, "plain_tokens_per_second": 1 / plain}
-        found[name] = {"speed": {"1": {**speed, "by_length": rows}}, "loop": {}}
-    return found
+class PlantedBench(circle_measure.Bench):
+    """What turns would find, were the planted laws the truth, on a machine a third as fast."""
+
+    def turn(self, number):
+        runs = []
+        for case in self.cases:
+            draft, tokens = None, 1.0
+            config = next(iter(self._drafts.values())).config
+            if case.length:
+                names = self.members[case.shape]
+                draft = names[number % len(names)]
+                config = self._drafts[draft].config
+                law = planted_acceptance(math.exp(planted_loss(draft)))
+                tokens = law["tokens"]["1"][case.length - 1]
+            # A turn is slower than the one before, and all is slower than before the training.
+            seconds = 3.0 * (1 + number) * round_seconds(config, case.length)
+            # The two prompts differ by 2 %, so that a mean of them is known to 1 %.
+            some = {"rounds": 100, "tokens": [99 * tokens, 101 * tokens], "prompts": [0, 1]}
+            runs.append({"draft": draft, "seconds": seconds, **some})
+        seconds = 3.0 * (1 + number) * np.array(planted_seconds(self._plan, self.programs))
+        return {"calibration": seconds.tolist(), "runs": runs}
+
+    def accept(self):
+        return {name: {} for name in self._drafts}
 
 
 def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, monkeypatch):
     """Drafts and times stand in for trained and timed ones, and follow laws that are known."""
-    trained, measured = [], []
+    trained, turns = [], []
 
     def train_member(plan, member, out, target_folder, target, text, show_progress=False):
         trained.append(member.name)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
         config = circle_plan.config_of(plan, VOCAB, member.d_model, member.n_layers)
         params = models.init_params(config, jax.random.key(len(trained)))
         checkpoint.save_model(out / "model", config, params, target.tokenizer)
@@ -487,14 +505,15 @@ def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, mo
         extra = {"loss": loss, "perplexity": math.exp(loss), "losses_along_the_way": []}
         return {**row, "is_held_out": member.is_held_out, "d_ff": config.d_ff, **extra}
 
-    def measure_shape(*arguments):
-        measured.append(len(trained))
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        return planted_measurements(*arguments)
+    class Killed(PlantedBench):
+        def turn(self, number):
+            turns.append(number)
+            if len(turns) == 2:
+                raise KeyboardInterrupt
+            return super().turn(number)
 
     monkeypatch.setattr(circle_family, "train_member", train_member)
-    monkeypatch.setattr(circle_measure, "measure_shape", measure_shape)
+    monkeypatch.setattr(circle_measure, "Bench", Killed)
     monkeypatch.setattr(circle_measure, "read_shape", planted_readings)
     monkeypatch.setattr(circle_times, "calibrate", planted_times)
     out = tmp_path / "out"
@@ -505,18 +524,24 @@ def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, mo
 
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert len(trained) == len(PLAN.members)
+    assert len(trained) == 3
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    # What was being trained is trained again; beside the family there is the designed draft.
+    everything = set(trained)
+    assert len(trained) == len(everything) + 1
+    assert len(everything - {member.name for member in PLAN.members}) <= 1
+    assert turns == [0, 1]
     result = run()
-    num_stages = len(trained), len(measured)
-    # One measurement was lost and is made again; beside the family there is the designed draft.
-    assert num_stages[0] <= len(PLAN.members) + 1
-    assert num_stages[1] <= len(PLAN.shapes) + 1 + 1
+    assert turns == [0, 1, *range(1, 1 + turns[-1])]
+    num_turns = len(turns)
     names = (circle_report.REPORT_JSON, circle_report.REPORT_PAGE)
     before = [(out / name).read_bytes() for name in names]
     run()
-    assert (len(trained), len(measured)) == num_stages
+    assert (len(trained), len(turns)) == (len(everything) + 1, num_turns)
     assert [(out / name).read_bytes() for name in names] == before
     assert circle_report.load(out) == json.loads(json.dumps(result))
+    assert result["calibration"]["in_the_same_turns"]
 
     held = [one["name"] for one in result["members"] if one["is_held_out"]]
     assert held == [member.name for member in PLAN.members if member.is_held_out]
@@ -540,3 +565,28 @@ def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, mo
         assert picture.stat().st_size > 5000
     assert result["command"].startswith("jaxsd circle --out DIR --device-budget smoke --target")
     assert "nan" not in page.lower().replace("finance", "")
+
+    # Where a process cannot hold all programs, groups of drafts are measured one after the other.
+    monkeypatch.setattr(circle_measure, "loop_capacity", lambda: 10.0)
+    apart = run()
+    assert not apart["calibration"]["in_the_same_turns"]
+    assert {path.stem for path in (out / "loops").iterdir()} >= {"w16-l1", "w32-l2"}
+    for one, other in zip(apart["members"], result["members"], strict=True):
+        speedups = [[point["measured"] for point in each["points"]] for each in (one, other)]
+        np.testing.assert_allclose(*speedups, rtol=1e-6)
+    assert "before" in (out / circle_report.REPORT_PAGE).read_text(encoding="utf-8")
+
+
+def test_drafts_are_in_groups_where_a_process_holds_few_programs(family, monkeypatch, tmp_path):
+    rows, _ = family
+    monkeypatch.setattr(circle_measure, "loop_capacity", lambda: math.inf)
+    assert circle_measure.in_groups(PLAN, rows) == [rows]
+    # Two shapes of three lengths and plain decoding.
+    monkeypatch.setattr(circle_measure, "loop_capacity", lambda: 7.9)
+    groups = circle_measure.in_groups(PLAN, rows)
+    assert [len(group) for group in groups] == [2 * len(PLAN.steps)] * 3
+    assert list(itertools.chain.from_iterable(groups)) == rows
+    monkeypatch.undo()
+    assert circle_measure.loop_capacity() > 0
+    monkeypatch.setattr(circle_measure, "_MAP_LIMIT", tmp_path / "nowhere")
+    assert circle_measure.loop_capacity() == math.inf

@@ -168,26 +168,48 @@ def train(work: Work, member: "Member") -> dict[str, Any]:
 
 def measure(
     work: Work, rows: Sequence[dict[str, Any]], read: dict[str, dict[str, Any]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everything that is known of drafts by their names, and the calibration of the same turns."""
-    from . import circle_measure
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Everything that is known of drafts by their names, and the calibration of the same turns.
 
-    plan, study, names = work.plan, work.study, [row["name"] for row in rows]
-    first = circle_measure.temperature_name(plan.temperatures[0])
-    rounds = {
-        name: [plan.new_tokens / tokens for tokens in read[name]["tokens"][first]] for name in names
-    }
-    bench = circle_measure.Bench(
-        plan, study, work.target, _load(work, rows), rounds, work.text.prompts
-    )
-    made_from = [work.base, list(rows), rounds]
-    turns = [
-        study.stage(f"turns/{number}", made_from, functools.partial(bench.turn, number))
-        for number in range(plan.repeats)
-    ]
-    loops = study.stage("loops", made_from, bench.accept)
-    speeds, timed_again = circle_measure.summarise_turns(plan, bench, turns)
-    found = {name: {**read[name], "speed": speeds[name], "loop": loops[name]} for name in names}
+    Where not all drafts can take turns there is no such calibration.
+    """
+    from . import circle_measure
+    from .circle_plan import shape_name
+
+    plan, study = work.plan, work.study
+    temperature = circle_measure.temperature_name(plan.temperatures[0])
+    groups = circle_measure.in_groups(plan, rows)
+    if len(groups) > 1:
+        study.say(
+            f"  a process may not hold the programs of all drafts here: {len(groups)} groups are "
+            "measured one after the other; with a larger vm.max_map_count all would take turns"
+        )
+    found: dict[str, Any] = {}
+    timed_again = None
+    for group in groups:
+        names = [row["name"] for row in group]
+        rounds = {
+            name: [plan.new_tokens / tokens for tokens in read[name]["tokens"][temperature]]
+            for name in names
+        }
+        drafts = _load(work, group)
+        bench = circle_measure.Bench(
+            plan, study, work.target, drafts, rounds, work.text.prompts, len(groups) == 1
+        )
+        made_from = [work.base, group, rounds]
+        label = shape_name(group[0]["d_model"], group[0]["n_layers"])
+        before, after = ("", "") if len(groups) == 1 else (f"{label}-", f"/{label}")
+        turns = [
+            study.stage(f"turns/{before}{number}", made_from, functools.partial(bench.turn, number))
+            for number in range(bench.num_turns)
+        ]
+        loops = study.stage(f"loops{after}", made_from, bench.accept)
+        speeds, timed_again = circle_measure.summarise_turns(plan, bench, turns)
+        found |= {
+            name: {**read[name], "speed": speeds[name], "loop": loops[name]} for name in names
+        }
+        del bench
+        jax.clear_caches()  # programs of one group are of no use to the next
     return found, timed_again
 
 

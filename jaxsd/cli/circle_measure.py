@@ -7,7 +7,9 @@ other work on the machine takes of it, it takes of all alike.
 
 import concurrent.futures
 import functools
+import itertools
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +26,8 @@ from .circle_times import make_decoder, make_model
 
 PLAIN = "plain"
 _READ_TOGETHER = 8  # texts in a pass
+_MAP_LIMIT = pathlib.Path("/proc/sys/vm/max_map_count")
+_MAPS_PER_LOOP = 1200  # of a decoder's start and loop for one batch: 870 to 1050 with jaxlib 0.10
 _TEXTS_PER_PROMPT = {True: 1, False: 2}  # by whether the text is greedy, and so always the same
 
 
@@ -87,6 +91,9 @@ class Bench:
 
     Attributes:
       cases: what is timed beside the calibration's programs.
+      programs: those of the calibration.
+      members: names of drafts by shape, which take turns in the shape's cases.
+      num_turns: that are to be timed; every draft comes in each of its cases.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class Bench:
         drafts: Mapping[str, checkpoint.Pretrained],
         rounds_per_text: Mapping[str, Sequence[float]],
         prompts: np.ndarray,
+        with_calibration: bool = True,
     ) -> None:
         """Lists what there is to do.
 
@@ -107,6 +115,7 @@ class Bench:
           drafts: all of them, by name.
           rounds_per_text: of each of them, by draft length: about how many rounds it takes.
           prompts: `[N, P]` that are continued.
+          with_calibration: whether the calibration's programs take their turns too.
         """
         self._plan, self._study, self._prompts = plan, study, prompts
         self._whole = circle_times.make_model(target.config, target.params, circle_times.TARGET)
@@ -116,11 +125,14 @@ class Bench:
         }
         self._rounds_per_text = rounds_per_text
         self._make = circle_times.decoder_maker(plan, self._whole)
-        self.programs = circle_times.list_programs(plan, self._whole)
+        self.programs = circle_times.Programs([], [])
+        if with_calibration:
+            self.programs = circle_times.list_programs(plan, self._whole)
         self.members: dict[str, list[str]] = {}
         for name, draft in self._drafts.items():
             shape = shape_name(draft.config.d_model, draft.config.n_layers)
             self.members.setdefault(shape, []).append(name)
+        self.num_turns = max(plan.repeats, *map(len, self.members.values()))
         # Plain decoding comes as often as there are shapes: every speed-up rests on it.
         self.cases = [
             *(Case(PLAIN, batch, 0) for batch in plan.batches for _ in self.members),
@@ -148,7 +160,7 @@ class Bench:
     def turn(self, number: int) -> dict[str, Any]:
         """Every program once, in an order of this turn; JSON values."""
         timers = self._timers
-        self._study.say(f"  turn {number + 1} of {self._plan.repeats}")
+        self._study.say(f"  turn {number + 1} of {self.num_turns}")
         seconds = np.zeros(len(timers))
         runs: list[Any] = [None] * len(self.cases)
         order = np.random.default_rng([self._plan.seed, number]).permutation(
@@ -245,8 +257,8 @@ class Bench:
 
 def summarise_turns(
     plan: Plan, bench: Bench, turns: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Speeds of drafts by name, and the calibration that was timed in the same turns.
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Speeds of drafts by name, and the calibration that was timed in the same turns, if it was.
 
     Tokens of a round are pooled over batches, seconds over the drafts of a shape. What a whole turn
     was slower by is taken out of all its times.
@@ -281,7 +293,38 @@ def summarise_turns(
                         for k in plan.lengths
                     ],
                 }
+    if not num_programs:
+        return speeds, None
     return speeds, circle_times.describe(bench.programs, seconds[:, :num_programs])
+
+
+def in_groups(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Drafts whose programs one process can hold at a time, those of a shape together.
+
+    All of them, and the calibration's, wherever that is possible. On a CPU every compiled loop is
+    some thousand pieces of memory, and Linux limits the pieces that a process may map.
+    """
+    by_shape: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        by_shape.setdefault((row["d_model"], row["n_layers"]), []).append(row)
+    of_plain, of_shape = len(plan.batches), len(plan.batches) * len(plan.lengths)
+    of_calibration = of_plain + of_shape + 2 * len(plan.batches) * len(plan.fitted_lengths)
+    capacity = loop_capacity()
+    if of_calibration + of_plain + len(by_shape) * of_shape <= capacity:
+        return [list(rows)]
+    size = max(1, int((capacity - of_plain) // of_shape))
+    shapes = list(by_shape.values())
+    return [
+        list(itertools.chain.from_iterable(shapes[first : first + size]))
+        for first in range(0, len(shapes), size)
+    ]
+
+
+def loop_capacity() -> float:
+    """How many compiled loops a process can hold; without a known limit infinitely many."""
+    if jax.default_backend() != "cpu" or not _MAP_LIMIT.is_file():
+        return math.inf
+    return 0.9 * int(_MAP_LIMIT.read_text(encoding="utf-8")) / _MAPS_PER_LOOP
 
 
 def shares_of_rounds(kept: Sequence[np.ndarray], num_tokens: int) -> tuple[np.ndarray, float]:

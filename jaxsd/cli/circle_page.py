@@ -1,6 +1,5 @@
 """The page of a study: its verdict in sentences, tables and figures, made from its report alone."""
 
-import math
 from collections.abc import Sequence
 
 from . import circle_predict, reproduction
@@ -20,6 +19,13 @@ def verdict(result: Row) -> list[str]:
             f"the device's calibration (worst {sizes['worst']:.0%}), {given['median']:.1%} given "
             f"the acceptance of texts (worst {given['worst']:.0%})."
         )
+        if result["calibration"]["in_the_same_turns"]:
+            early = result["held_out_by_times_before"]
+            lines.append(
+                "That calibration was timed in the same turns as the drafts. By the one from "
+                f"before their training: {early['from_sizes']['median']:.1%} and "
+                f"{early['given_acceptance']['median']:.1%}."
+            )
         lines.append(
             f"Intervals of {circle_predict.COVERAGE:.0%} hold the measurement in "
             f"{sizes['coverage']:.0%} and {given['coverage']:.0%} of the cases."
@@ -107,13 +113,17 @@ def _calibration_lines(result: Row) -> list[str]:
     found = result["calibration"]
     held = found["held_out"]
     lengths = result["plan"]["lengths"]
+    tables = [("rounds_before", ", before")]
+    if found["in_the_same_turns"]:
+        tables.insert(0, ("rounds", ", in turns"))
     rows = [
         [
-            batch,
+            f"{batch}{when}",
             *(f"{1e3 * seconds:.2f}" for seconds in one["target_side"]),
             f"{1e12 * one['parameter']:.0f}",
         ]
-        for batch, one in found["rounds"].items()
+        for kind, when in tables
+        for batch, one in found[kind].items()
     ]
     return [
         f"{found['num_passes']} kinds of passes, and rounds of every draft length, were timed with "
@@ -126,7 +136,8 @@ def _calibration_lines(result: Row) -> list[str]:
         "(root mean square).",
         "",
         "The target's side of a round (its pass, sampling, deciding) in ms, and what every "
-        "parameter of the draft adds to a round, in ps:",
+        "parameter of the draft adds to a round, in ps; as timed before the drafts were trained, "
+        "and, if in turns, when they were measured:",
         "",
         *_table(
             ["batch", "plain", *(f"K = {length}" for length in lengths), "per parameter"], rows
@@ -247,17 +258,24 @@ def _prediction_tables(result: Row) -> list[str]:
     if not held["num_points"]:
         return ["Nothing was held out."]
     rows = []
+    early = result["held_out_by_times_before"]
     labels = {
         "from_sizes": "speed-up from sizes, tokens and calibration",
         "given_acceptance": "speed-up given the acceptance of texts",
-        "by_one_alpha": "speed-up from sizes, by one alpha",
+        "by_one_alpha": "the first, tokens by one alpha for all places of a round",
+        "by_passes": "the first, rounds as the sum of their passes, timed apart",
     }
     for kind, label in labels.items():
         cells = [
             f"{group[kind][what]:.1%}" for group in (held, fitted) for what in ("median", "worst")
         ]
-        rows.append([label, *cells, f"{held[kind].get('coverage', math.nan):.0%}"])
-    rows[-1][-1] = ""
+        share = held[kind].get("coverage")
+        rows.append([label, *cells, "" if share is None else f"{share:.0%}"])
+    kinds = ("from_sizes", "given_acceptance")
+    for kind in kinds if result["calibration"]["in_the_same_turns"] else ():
+        cells = [f"{early[kind][what]:.1%}" for what in ("median", "worst")]
+        share = f"{early[kind]['coverage']:.0%}"
+        rows.append([f"{labels[kind]}, by the times before training", *cells, "", "", share])
     for kind in ("loss", "perplexity"):
         cells = [
             f"{group[kind][what]:.1%}" for group in (held, fitted) for what in ("median", "worst")
@@ -294,6 +312,9 @@ def _prediction_tables(result: Row) -> list[str]:
     ]
     return [
         *lines,
+        "",
+        "One alpha and the sum of passes are what this model said at first, and the rest is what "
+        "was made of it: acceptance by position, and rounds that are timed in the decoder's loop.",
         "",
         *_table(
             [
@@ -337,6 +358,11 @@ def _design_lines(result: Row) -> list[str]:
                     f"speed-up at K = {design['length']}",
                     f"{design['predicted_speedup']:.3f} ({low:.2f} to {high:.2f})",
                     f"{design['measured_speedup']:.3f}",
+                ],
+                [
+                    "by the times of the measurement's turns",
+                    f"{design['predicted_with_times_of_turns']:.3f}",
+                    "",
                 ],
                 [
                     "best K",

@@ -6,6 +6,9 @@ gives its seconds. Given acceptance: the tokens of a round are those that the tw
 over texts of the target, without a speculative loop.
 
     ln speedup = ln tokens + ln(seconds of a plain round / seconds of the round)
+
+Beside the first stand two that know less: one alpha for all places of a round, and rounds that are
+no more than their passes.
 """
 
 import math
@@ -81,7 +84,11 @@ def predict_rounds(
                 for k in plan.lengths
             ]
         )
-        draft = lengths * circle_times.draft_seconds(calibration, shape, batch, 1)
+        one, two = (
+            circle_times.draft_seconds(calibration, shape, batch, rows)
+            for rows in circle_times.DRAFT_ROWS
+        )
+        draft = lengths * one
         found[batch] = {
             "plain": float(costmodel.round_seconds(times, float(batch), 0.0)),
             "seconds": seconds,
@@ -90,6 +97,11 @@ def predict_rounds(
             "own": side - np.minimum(alone, side),
             "draft": draft,
             "switch": seconds - draft - side,
+            # What a round would take if it were its passes, as they were timed apart.
+            "plain_of_passes": circle_times.table_seconds(
+                calibration.target, batch, 1, plan.context
+            ),
+            "seconds_of_passes": alone + draft + max(two - one, 0.0),
         }
     return found
 
@@ -111,7 +123,9 @@ def compare_member(
         speed = measured["speed"][str(batch)]
         for index, length in enumerate(plan.lengths):
             one = speed["by_length"][index]
-            times = rounds[batch]["plain"] / float(rounds[batch]["seconds"][index])
+            known = rounds[batch]
+            times = known["plain"] / float(known["seconds"][index])
+            by_passes = known["plain_of_passes"] / float(known["seconds_of_passes"][index])
             exact = measured["tokens"][name][index]
             from_sizes = float(predicted.tokens[index] * times)
             # The measurement is off too, and its error is no fault of the prediction.
@@ -129,20 +143,21 @@ def compare_member(
                     "given_acceptance": exact * times,
                     "given_acceptance_interval": _interval(laws, exact * times, *errors),
                     "by_one_alpha": float(predicted.tokens_by_alpha[index] * times),
+                    "by_passes": float(predicted.tokens[index] * by_passes),
                     "tokens": {
                         "from_sizes": float(predicted.tokens[index]),
                         "of_texts": exact,
                         "measured": one["tokens"],
                     },
                     "round_seconds": {
-                        "predicted": float(rounds[batch]["seconds"][index]),
+                        "predicted": float(known["seconds"][index]),
                         "measured": one["round_seconds"],
                     },
                     "plain_seconds": {
-                        "predicted": rounds[batch]["plain"],
+                        "predicted": known["plain"],
                         "measured": speed["plain_round_seconds"],
                     },
-                    "parts": {part: float(rounds[batch][part][index]) for part in PARTS},
+                    "parts": {part: float(known[part][index]) for part in PARTS},
                 }
             )
     low, high = _bounds(laws, predicted.loss, laws.loss.error)
@@ -168,7 +183,7 @@ def summarise(members: Sequence[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {"num_members": len(members), "num_points": len(points)}
     if not points:
         return found
-    for kind in ("from_sizes", "given_acceptance", "by_one_alpha"):
+    for kind in ("from_sizes", "given_acceptance", "by_one_alpha", "by_passes"):
         errors = np.array([point[kind] / point["measured"] - 1 for point in points])
         found[kind] = _errors(errors)
         if f"{kind}_interval" in points[0]:

@@ -36,7 +36,7 @@ REPORT_JSON, REPORT_PAGE = "report.json", "report.md"
 def assemble(
     work: "Work",
     timed: Row,
-    timed_again: Row,
+    timed_again: Row | None,
     about_target: Row,
     family: Sequence[Row],
     measured: Mapping[str, Row],
@@ -49,7 +49,8 @@ def assemble(
     Args:
       work: plan, folder and target.
       timed: the calibration, from before any draft was trained.
-      timed_again: that of the turns in which drafts were measured, without the device's speeds.
+      timed_again: that of the turns in which drafts were measured, without the device's speeds;
+        None if it took no turns, and predictions rest on the first.
       about_target: its loss and texts.
       family: rows of the members.
       measured: all that was measured of them and of the designed draft, by name.
@@ -58,8 +59,8 @@ def assemble(
       design_row: of the designed draft.
     """
     plan, study, target = work.plan, work.study, work.target
-    before = circle_times.fit_times(plan, timed)
-    calibration = circle_times.fit_times(plan, {**timed, **timed_again})
+    last = {**timed, **(timed_again or {})}
+    before, calibration = (circle_times.fit_times(plan, one) for one in (timed, last))
 
     def compare(row: Row, times: circle_times.Calibration) -> dict[str, Any]:
         shape = row["d_model"], row["n_layers"]
@@ -88,7 +89,8 @@ def assemble(
             "bytes_per_second": timed["bytes_per_second"],
             "flops_per_second": timed["flops_per_second"],
             "num_passes": len(timed["passes"]),
-            "held_out": circle_times.held_out_errors(plan, {**timed, **timed_again}),
+            "held_out": circle_times.held_out_errors(plan, last),
+            "in_the_same_turns": timed_again is not None,
             "round_error": calibration.relative_error,
             "rounds": _describe_rounds(calibration),
             "rounds_before": _describe_rounds(before),

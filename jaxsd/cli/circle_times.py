@@ -15,6 +15,7 @@ after a pass of the target.
 
 import concurrent.futures
 import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -393,12 +394,14 @@ def make_decoder(plan: Plan, target: Model, draft: Model | None, length: int) ->
 def decoder_maker(plan: Plan, target: Model) -> Callable[[Model | None, int], jaxsd.Decoder]:
     """`make_decoder` that makes, and so compiles, only one for drafts of equal configuration."""
     made: dict[tuple[models.Config | None, int], jaxsd.Decoder] = {}
+    lock = threading.Lock()  # programs are compiled in threads
 
     def make(draft: Model | None, length: int) -> jaxsd.Decoder:
         key = (draft and draft.config, length)
-        if key not in made:
-            made[key] = make_decoder(plan, target, draft, length)
-        return made[key]
+        with lock:
+            if key not in made:
+                made[key] = make_decoder(plan, target, draft, length)
+            return made[key]
 
     return make
 
