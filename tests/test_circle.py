@@ -542,6 +542,9 @@ def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, mo
     assert [(out / name).read_bytes() for name in names] == before
     assert circle_report.load(out) == json.loads(json.dumps(result))
     assert result["calibration"]["in_the_same_turns"]
+    twice = result["calibration"]["timed_twice"]
+    assert twice["num"] == len(PLAN.lengths)
+    assert twice["worst"] < 1e-6
 
     held = [one["name"] for one in result["members"] if one["is_held_out"]]
     assert held == [member.name for member in PLAN.members if member.is_held_out]

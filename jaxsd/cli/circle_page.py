@@ -113,6 +113,13 @@ def _calibration_lines(result: Row) -> list[str]:
     found = result["calibration"]
     held = found["held_out"]
     lengths = result["plan"]["lengths"]
+    twice = ""
+    if found["timed_twice"]:
+        twice = (
+            " The same programs, timed twice in the turns of the measurement, differ in their "
+            f"speed-up by {found['timed_twice']['median']:.1%} in the median (worst "
+            f"{found['timed_twice']['worst']:.0%}): what is closer than that cannot be told here."
+        )
     tables = [("rounds_before", ", before")]
     if found["in_the_same_turns"]:
         tables.insert(0, ("rounds", ", in turns"))
@@ -133,7 +140,7 @@ def _calibration_lines(result: Row) -> list[str]:
         f"(worst {held['target']['worst_error']:.0%}), drafts of a shape that was not timed by the "
         f"formula {held['draft']['median_error']:.1%} (worst {held['draft']['worst_error']:.0%}). "
         f"Rounds with a draft of whose shape nothing was timed are {found['round_error']:.1%} off "
-        "(root mean square).",
+        f"(root mean square).{twice}",
         "",
         "The target's side of a round (its pass, sampling, deciding) in ms, and what every "
         "parameter of the draft adds to a round, in ps; as timed before the drafts were trained, "

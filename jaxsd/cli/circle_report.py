@@ -91,6 +91,9 @@ def assemble(
             "num_passes": len(timed["passes"]),
             "held_out": circle_times.held_out_errors(plan, last),
             "in_the_same_turns": timed_again is not None,
+            "timed_twice": None
+            if timed_again is None
+            else timed_twice(plan, timed_again, measured),
             "round_error": calibration.relative_error,
             "rounds": _describe_rounds(calibration),
             "rounds_before": _describe_rounds(before),
@@ -128,6 +131,33 @@ def assemble(
             compared, designed, compare(design_row, before), compare(design_row, calibration)
         ),
     }
+
+
+def timed_twice(
+    plan: Plan, timed: Row | None, measured: Mapping[str, Row]
+) -> dict[str, float | int] | None:
+    """What timing alone does to a speed-up: rounds of one program that took their turns twice.
+
+    The calibration's smallest draft and the members of its shape differ in their weights, which
+    move no time. None if the family has no such shape, or the calibration took no turns.
+    """
+    if timed is None:
+        return None
+    seconds = {
+        (one["batch"], one["length"], one["draft"]): one["seconds"] for one in timed["rounds"]
+    }
+    draft = timed["rounds"][0]["draft"]
+    twin = next((name for name in measured if name.startswith(f"{draft}-")), None)
+    if twin is None:
+        return None
+    errors = []
+    for batch in plan.batches:
+        speed = measured[twin]["speed"][str(batch)]
+        for length, one in zip(plan.lengths, speed["by_length"], strict=True):
+            there = one["round_seconds"] / speed["plain_round_seconds"]
+            here = seconds[batch, length, draft] / seconds[batch, 0, draft]
+            errors.append(abs(here / there - 1))
+    return {"median": float(np.median(errors)), "worst": max(errors), "num": len(errors)}
 
 
 def _describe_rounds(calibration: circle_times.Calibration) -> dict[str, Any]:
