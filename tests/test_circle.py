@@ -577,7 +577,7 @@ def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, mo
     for one, other in zip(apart["members"], result["members"], strict=True):
         speedups = [[point["measured"] for point in each["points"]] for each in (one, other)]
         np.testing.assert_allclose(*speedups, rtol=1e-6)
-    assert "before" in (out / circle_report.REPORT_PAGE).read_text(encoding="utf-8")
+    assert "1, earlier" in (out / circle_report.REPORT_PAGE).read_text(encoding="utf-8")
 
 
 def test_drafts_are_in_groups_where_a_process_holds_few_programs(family, monkeypatch, tmp_path):

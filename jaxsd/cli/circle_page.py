@@ -22,8 +22,8 @@ def verdict(result: Row) -> list[str]:
         if result["calibration"]["in_the_same_turns"]:
             early = result["held_out_by_times_before"]
             lines.append(
-                "That calibration was timed in the same turns as the drafts. By the one from "
-                f"before their training: {early['from_sizes']['median']:.1%} and "
+                "That calibration was timed in the same turns as the drafts. By the earlier one, "
+                f"which the design rests on: {early['from_sizes']['median']:.1%} and "
                 f"{early['given_acceptance']['median']:.1%}."
             )
         lines.append(
@@ -53,7 +53,7 @@ def to_markdown(result: Row, figures: Sequence[reproduction.Figure]) -> str:
     seconds = result["seconds"]
     versions = result["versions"] or {}
     lines = [
-        "# A study of drafts, predicted before they were trained",
+        "# A study of drafts: predicted, trained, measured",
         "",
         f"`{result['command']}`, on {result['device']}, {(result['date'] or '')[:10]}, JAX "
         f"{versions.get('jax')}, {seconds / 3600:.1f} hours in all. Target: {target['name']}, "
@@ -120,7 +120,7 @@ def _calibration_lines(result: Row) -> list[str]:
             f"speed-up by {found['timed_twice']['median']:.1%} in the median (worst "
             f"{found['timed_twice']['worst']:.0%}): what is closer than that cannot be told here."
         )
-    tables = [("rounds_before", ", before")]
+    tables = [("rounds_before", ", earlier")]
     if found["in_the_same_turns"]:
         tables.insert(0, ("rounds", ", in turns"))
     rows = [
@@ -143,8 +143,8 @@ def _calibration_lines(result: Row) -> list[str]:
         f"(root mean square).{twice}",
         "",
         "The target's side of a round (its pass, sampling, deciding) in ms, and what every "
-        "parameter of the draft adds to a round, in ps; as timed before the drafts were trained, "
-        "and, if in turns, when they were measured:",
+        "parameter of the draft adds to a round, in ps; as timed in a stage before, and, if in turns, "
+        "with the drafts:",
         "",
         *_table(
             ["batch", "plain", *(f"K = {length}" for length in lengths), "per parameter"], rows
@@ -282,7 +282,7 @@ def _prediction_tables(result: Row) -> list[str]:
     for kind in kinds if result["calibration"]["in_the_same_turns"] else ():
         cells = [f"{early[kind][what]:.1%}" for what in ("median", "worst")]
         share = f"{early[kind]['coverage']:.0%}"
-        rows.append([f"{labels[kind]}, by the times before training", *cells, "", "", share])
+        rows.append([f"{labels[kind]}, by the earlier times", *cells, "", "", share])
     for kind in ("loss", "perplexity"):
         cells = [
             f"{group[kind][what]:.1%}" for group in (held, fitted) for what in ("median", "worst")
@@ -320,8 +320,8 @@ def _prediction_tables(result: Row) -> list[str]:
     return [
         *lines,
         "",
-        "One alpha and the sum of passes are what this model said at first, and the rest is what "
-        "was made of it: acceptance by position, and rounds that are timed in the decoder's loop.",
+        "One alpha and the sum of passes are simpler models, to compare: the first row knows "
+        "acceptance by position, and rounds as they were timed in the decoder's loop.",
         "",
         *_table(
             [

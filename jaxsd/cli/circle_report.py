@@ -48,7 +48,7 @@ def assemble(
 
     Args:
       work: plan, folder and target.
-      timed: the calibration, from before any draft was trained.
+      timed: the calibration of the stage `times`.
       timed_again: that of the turns in which drafts were measured, without the device's speeds;
         None if it took no turns, and predictions rest on the first.
       about_target: its loss and texts.
@@ -189,8 +189,7 @@ def judge_design(
 ) -> dict[str, Any]:
     """The designed draft beside its prediction and beside the best of the family.
 
-    What was predicted is what the calibration from before its training gives, by which it was
-    chosen; beside it stands what the calibration of the measurement's own turns gives.
+    What was predicted is what the calibration by which it was chosen gives; beside it stands what the calibration of the measurement's own turns gives.
     """
     batch = str(designed["batch"])
     own = about_design["best"][batch]
