@@ -143,8 +143,8 @@ def _calibration_lines(result: Row) -> list[str]:
         f"(root mean square).{twice}",
         "",
         "The target's side of a round (its pass, sampling, deciding) in ms, and what every "
-        "parameter of the draft adds to a round, in ps; as timed in a stage before, and, if in turns, "
-        "with the drafts:",
+        "parameter of the draft adds to a round, in ps; as timed in a stage before, and, if in "
+        "turns, with the drafts:",
         "",
         *_table(
             ["batch", "plain", *(f"K = {length}" for length in lengths), "per parameter"], rows

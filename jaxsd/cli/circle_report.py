@@ -189,7 +189,8 @@ def judge_design(
 ) -> dict[str, Any]:
     """The designed draft beside its prediction and beside the best of the family.
 
-    What was predicted is what the calibration by which it was chosen gives; beside it stands what the calibration of the measurement's own turns gives.
+    What was predicted is what the calibration by which it was chosen gives; beside it stands what
+    the calibration of the measurement's own turns gives.
     """
     batch = str(designed["batch"])
     own = about_design["best"][batch]
