@@ -247,9 +247,12 @@ class Bench:
         to_its_end: bool,
     ) -> jaxsd.DecodeState:
         """The state from which the loop starts, ready on the device."""
-        limit = self._plan.new_tokens if to_its_end else None
-        decoder, params = self._make(draft, length), self._params(draft)
-        return _start(self._plan, decoder, params, self._prompts[rows], temperature, key, limit)
+        plan = self._plan
+        limit = plan.new_tokens if to_its_end else None
+        reader = self._make(draft, circle_times.reading_length(plan, length))
+        prompts, params = self._prompts[rows], self._params(draft)
+        state = _start(plan, reader, params, prompts, temperature, key, limit)
+        return jax.block_until_ready(circle_times.for_length(state, length))
 
     def _params(self, draft: circle_times.Model | None) -> dict[str, Any]:
         return {"target": self._whole.params, "draft": None if draft is None else draft.params}
@@ -399,9 +402,9 @@ def _read(
         kept = list(kept_of_all[0, :, place])
         shares, found["rounds"][name] = shares_of_rounds(kept, max(plan.lengths))
         found["shares"][name] = shares.tolist()
+        # As the loop is timed: no round is cut short by the end of a text.
         found["tokens"][name] = [
-            len(kept) * plan.new_tokens / sum(measure.expected_rounds(row, k) for row in kept)
-            for k in plan.lengths
+            1 + float(shares_of_rounds(kept, length)[0].sum()) for length in plan.lengths
         ]
         found["autocorrelation"][name] = [autocorrelation(kept, lag) for lag in (1, 2, 4)]
     return found
@@ -436,10 +439,7 @@ def _tokens(runs: Sequence[Mapping[str, Any]]) -> Counted:
 def _seconds(seconds: np.ndarray) -> Counted:
     """Median of `[turns, runs]`: what disturbs a machine only ever adds, and not to every turn."""
     every = seconds.ravel()
-    # A median is known less well than a mean, by sqrt(pi / 2) of a normal distribution.
-    spread = float(np.std(np.log(every), ddof=1)) if len(every) > 1 else 0.0
-    error = spread * math.sqrt(math.pi / 2 / len(every))
-    return Counted(float(np.median(every)), error, len(every))
+    return Counted(float(np.median(every)), timing.median_error(every), len(every))
 
 
 def _speed(
@@ -455,6 +455,7 @@ def _speed(
         "speedup": tokens.value * plain.value / seconds.value,
         "relative_error": math.hypot(*errors),
         "rounds": tokens.num,
+        "readings": seconds.num,
     }
 
 

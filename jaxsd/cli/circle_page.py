@@ -140,7 +140,8 @@ def _calibration_lines(result: Row) -> list[str]:
         f"(worst {held['target']['worst_error']:.0%}), drafts of a shape that was not timed by the "
         f"formula {held['draft']['median_error']:.1%} (worst {held['draft']['worst_error']:.0%}). "
         f"Rounds with a draft of whose shape nothing was timed are {found['round_error']:.1%} off "
-        f"(root mean square).{twice}",
+        "(root mean square, without the noise of the readings that they are held against)."
+        f"{twice}",
         "",
         "The target's side of a round (its pass, sampling, deciding) in ms, and what every "
         "parameter of the draft adds to a round, in ps; as timed in a stage before, and, if in "

@@ -23,6 +23,7 @@ from . import circle_times
 from .circle_laws import FittedLaws, Row, predict_loss, tokens_of_round
 from .circle_measure import temperature_name
 from .circle_plan import Plan
+from .circle_times import Error
 from .compile_check import shape_of
 
 COVERAGE = 0.9
@@ -129,7 +130,9 @@ def compare_member(
             exact = measured["tokens"][name][index]
             from_sizes = float(predicted.tokens[index] * times)
             # The measurement is off too, and its error is no fault of the prediction.
-            errors = calibration.relative_error, one["relative_error"]
+            known_to = Error(one["relative_error"], one["readings"] - 1)
+            errors = [calibration.error, known_to]
+            of_laws = Error(float(predicted.tokens_error[index]), laws.num_shapes - 1)
             points.append(
                 {
                     "batch": batch,
@@ -137,11 +140,9 @@ def compare_member(
                     "measured": one["speedup"],
                     "measured_error": one["relative_error"],
                     "from_sizes": from_sizes,
-                    "from_sizes_interval": _interval(
-                        laws, from_sizes, predicted.tokens_error[index], *errors
-                    ),
+                    "from_sizes_interval": interval(from_sizes, [of_laws, *errors]),
                     "given_acceptance": exact * times,
-                    "given_acceptance_interval": _interval(laws, exact * times, *errors),
+                    "given_acceptance_interval": interval(exact * times, errors),
                     "by_one_alpha": float(predicted.tokens_by_alpha[index] * times),
                     "by_passes": float(predicted.tokens[index] * by_passes),
                     "tokens": {
@@ -160,7 +161,8 @@ def compare_member(
                     "parts": {part: float(known[part][index]) for part in PARTS},
                 }
             )
-    low, high = _bounds(laws, predicted.loss, laws.loss.error)
+    reach = costmodel.t_quantile(0.5 + COVERAGE / 2, laws.num_shapes - 1) * laws.loss.error
+    low, high = predicted.loss - reach, predicted.loss + reach
     return {
         "name": row["name"],
         "is_held_out": row["is_held_out"],
@@ -254,16 +256,23 @@ def _best_member(members: Sequence[Row], batch: str) -> dict[str, Any]:
     }
 
 
-def _interval(laws: FittedLaws, value: float, *errors: float) -> list[float]:
-    """Bounds of a positive value from independent relative errors."""
-    low, high = _bounds(laws, math.log(value), math.hypot(*errors))
-    return [math.exp(low), math.exp(high)]
+def interval(value: float, errors: Sequence[Error]) -> list[float]:
+    """Bounds between which a positive value lies with a probability of `COVERAGE`.
 
+    Its logarithm is off by independent errors of zero mean, each with a standard deviation s_i that
+    is itself an estimate, of n_i degrees of freedom. Their sum over its estimated deviation follows
+    about Student's t of (sum s_i^2)^2 / sum(s_i^4 / n_i) degrees (Welch, Biometrika 34, 1947).
 
-def _bounds(laws: FittedLaws, value: float, error: float) -> tuple[float, float]:
-    """As far on both sides as Student's t says: errors come from as many shapes as were fitted."""
-    reach = costmodel.t_quantile(0.5 + COVERAGE / 2, laws.num_shapes - 1) * error
-    return value - reach, value + reach
+    >>> [round(x, 3) for x in interval(1.0, [Error(0.03, 4), Error(0.04, 10**6)])]
+    [0.917, 1.09]
+    """
+    squares = np.square([error.value for error in errors])
+    total = float(squares.sum())
+    if total == 0:
+        return [value, value]
+    spread = float(np.sum(squares**2 / np.array([max(error.degrees, 1) for error in errors])))
+    reach = costmodel.t_quantile(0.5 + COVERAGE / 2, int(total**2 / spread)) * math.sqrt(total)
+    return [value * math.exp(-reach), value * math.exp(reach)]
 
 
 def _relative(points: Sequence[Row], quantity: str, kind: str) -> np.ndarray:

@@ -94,7 +94,7 @@ def assemble(
             "timed_twice": None
             if timed_again is None
             else timed_twice(plan, timed_again, measured),
-            "round_error": calibration.relative_error,
+            "round_error": calibration.error.value,
             "rounds": _describe_rounds(calibration),
             "rounds_before": _describe_rounds(before),
             "draft_stacks": [

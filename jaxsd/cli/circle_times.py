@@ -15,6 +15,7 @@ after a pass of the target.
 
 import concurrent.futures
 import itertools
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -51,6 +52,13 @@ class Model(NamedTuple):
     name: str = ""
 
 
+class Error(NamedTuple):
+    """How far something is off that was predicted or measured."""
+
+    value: float  # a standard deviation, of its natural logarithm
+    degrees: int  # of freedom: how well that is known
+
+
 class Calibration(NamedTuple):
     """Everything that a prediction needs to know of the device."""
 
@@ -59,7 +67,7 @@ class Calibration(NamedTuple):
     stacks: dict[tuple[int, int], costmodel.Stack]  # of drafts, by batch and tokens of each row
     target_stacks: dict[int, costmodel.Stack]  # of the target by batch, for searches by gradient
     chip: costmodel.Chip
-    relative_error: float  # of a predicted speed-up, by its times: a standard deviation of ln
+    error: Error  # of a predicted round with a draft of whose shape nothing was timed
     context: float
 
 
@@ -167,14 +175,17 @@ def describe(programs: Programs, seconds: np.ndarray) -> dict[str, Any]:
         }
         for index, (model, batch, rows, context) in enumerate(programs.points)
     ]
-    of_rounds = zip(programs.rounds, typical[len(passes) :], strict=True)
-    return {
-        "passes": passes,
-        "rounds": [
-            {"batch": batch, "length": length, "draft": draft.name, "seconds": float(value)}
-            for (batch, length, draft), value in of_rounds
-        ],
-    }
+    rounds = [
+        {
+            "batch": batch,
+            "length": length,
+            "draft": draft.name,
+            "seconds": float(typical[index]),
+            "relative_error": timing.median_error(seconds[:, index]),
+        }
+        for index, (batch, length, draft) in enumerate(programs.rounds, len(passes))
+    ]
+    return {"passes": passes, "rounds": rounds}
 
 
 def fit_times(plan: Plan, timed: Mapping[str, Any]) -> Calibration:
@@ -195,7 +206,7 @@ def fit_times(plan: Plan, timed: Mapping[str, Any]) -> Calibration:
         stacks=fit_stacks(plan, timed, chip),
         target_stacks={batch: fit_target_stack(ones, chip) for batch, ones in verified.items()},
         chip=chip,
-        relative_error=round_error(plan, timed, chip),
+        error=round_error(plan, timed, chip),
         context=plan.context,
     )
 
@@ -354,6 +365,7 @@ def _round_timer(
 ) -> timing.Timer:
     """Seconds of a round in the decoder's own loop; compiled by a first call."""
     decoder = make(draft if length else None, length)
+    reader = make(draft if length else None, reading_length(plan, length))
     params = {"target": target.params, "draft": draft.params if length else None}
     # About as many as the study's texts will take: the call itself is a part of what is timed.
     num_rounds = max(2, plan.new_tokens // 2 if length else plan.new_tokens)
@@ -365,16 +377,15 @@ def _round_timer(
         prompts = np.random.default_rng([plan.seed, call]).integers(
             0, vocab_size, (batch, plan.prompt_length)
         )
-        return jax.block_until_ready(
-            decoder.start(
-                params,
-                prompts.astype(np.int32),
-                np.full(batch, plan.prompt_length, np.int32),
-                jax.random.key(call),
-                sampling=jaxsd.Sampling(plan.temperatures[0]),
-                max_new_tokens=plan.max_len - plan.prompt_length,
-            )
+        state = reader.start(
+            params,
+            prompts.astype(np.int32),
+            np.full(batch, plan.prompt_length, np.int32),
+            jax.random.key(call),
+            sampling=jaxsd.Sampling(plan.temperatures[0]),
+            max_new_tokens=plan.max_len - plan.prompt_length,
         )
+        return jax.block_until_ready(for_length(state, length))
 
     def seconds() -> float:
         state = start()
@@ -383,6 +394,26 @@ def _round_timer(
 
     seconds()
     return seconds
+
+
+def reading_length(plan: Plan, length: int) -> int:
+    """The draft length of the decoder that reads the prompts for one that drafts `length` tokens.
+
+    Reading does not depend on it, but a program of one length is not that of another, and
+    compiling it takes as long as compiling the loop: one of them serves all.
+    """
+    return max(plan.lengths) if length else 0
+
+
+def for_length(state: jaxsd.DecodeState, length: int) -> jaxsd.DecodeState:
+    """A state in which no round was decoded yet, for a decoder that drafts fewer tokens a round.
+
+    What counts by position has fewer of them. The caches keep their room behind the last token.
+    """
+    counts = jax.tree.map(
+        lambda count: count[:, :length] if count.ndim == 2 else count, state.stats
+    )
+    return state._replace(stats=counts)
 
 
 def make_decoder(plan: Plan, target: Model, draft: Model | None, length: int) -> jaxsd.Decoder:
@@ -456,14 +487,16 @@ def fit_rounds(timed: Mapping[str, Any], batch: int, without: str = "") -> Batch
     )
 
 
-def round_error(plan: Plan, timed: Mapping[str, Any], chip: costmodel.Chip) -> float:
-    """How far rounds are off with a draft of whose shape nothing was timed: root mean square of ln.
+def round_error(plan: Plan, timed: Mapping[str, Any], chip: costmodel.Chip) -> Error:
+    """How far rounds are off with a draft of whose shape nothing was timed.
 
-    Of the draft between the smallest and the largest, which is left out of all fits.
+    Root mean square of ln(predicted / timed), of the draft between the smallest and the largest,
+    which is left out of all fits. What timing alone puts between the two on the side of the rounds
+    that are predicted is no error of a prediction, and is taken out.
     """
     names = list(dict.fromkeys(one["draft"] for one in timed["rounds"]))
     if len(names) < 3:
-        return 0.0
+        return Error(0.0, 1)
     shapes = {one["model"]: costmodel.Shape(**one["shape"]) for one in timed["passes"]}
     middle = min(names[1:], key=lambda name: float(costmodel.parameters_total(shapes[name])))
     known = Calibration(
@@ -472,16 +505,18 @@ def round_error(plan: Plan, timed: Mapping[str, Any], chip: costmodel.Chip) -> f
         fit_stacks(plan, timed, chip, without=middle),
         {},
         chip,
-        0.0,
+        Error(0.0, 1),
         plan.context,
     )
-    errors = []
+    squares = []
     for one in timed["rounds"]:
         if one["draft"] == middle:
             times = round_times(known, shapes[middle], one["batch"])
             seconds = costmodel.round_seconds(times, float(one["batch"]), float(one["length"]))
-            errors.append(np.log(float(seconds) / one["seconds"]))
-    return float(np.sqrt(np.mean(np.square(errors))))
+            error = math.log(float(seconds) / one["seconds"])
+            # Folders of earlier versions do not say how well a round is known.
+            squares.append(error**2 - one.get("relative_error", 0.0) ** 2)
+    return Error(math.sqrt(max(0.0, float(np.mean(squares)))), len(squares))
 
 
 def _draft_passes(timed: Mapping[str, Any], draft: str, batch: int, length: int) -> float:
