@@ -27,7 +27,7 @@ from .circle_times import make_decoder, make_model
 PLAIN = "plain"
 _READ_TOGETHER = 8  # texts in a pass
 _MAP_LIMIT = pathlib.Path("/proc/sys/vm/max_map_count")
-_MAPS_PER_LOOP = 1200  # of a decoder's start and loop for one batch: 870 to 1050 with jaxlib 0.10
+_MAPS_PER_LOOP = 800  # of a decoder's loop for one batch: 530 to 770 with jaxlib 0.10
 _TEXTS_PER_PROMPT = {True: 1, False: 2}  # by whether the text is greedy, and so always the same
 
 
@@ -305,7 +305,7 @@ def in_groups(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[list[dict[str,
     """Drafts whose programs one process can hold at a time, those of a shape together.
 
     All of them, and the calibration's, wherever that is possible. On a CPU every compiled loop is
-    some thousand pieces of memory, and Linux limits the pieces that a process may map.
+    hundreds of pieces of memory, and Linux limits the pieces that a process may map.
     """
     by_shape: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in rows:

@@ -170,7 +170,7 @@ _SMALL = Plan(
     target_steps=0,
     shapes=((64, 1), (64, 4), (96, 2), (128, 1), (128, 2), (192, 1), (128, 4), (256, 1)),
     held_out_shapes=((96, 2), (128, 1), (128, 2)),
-    steps=(256, 768, 2304),
+    steps=(256, 768, 1536),
     batch_size=16,
     accumulation=4,
     sequence_length=128,
@@ -186,7 +186,7 @@ _SMALL = Plan(
     prompt_length=64,
     new_tokens=64,
     windows=128,
-    repeats=7,
+    repeats=9,
     max_width=384,
     max_layers=8,
 )
