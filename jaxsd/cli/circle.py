@@ -33,7 +33,7 @@ def circle(
     Everything is in one folder: times of passes on this device, the trained drafts, the laws, the
     designed draft, what was measured of each, the predictions beside it, and a report with figures.
     It can be killed at any time: the same command goes on where it was. Needs the extra `plot` for
-    the figures. `small` takes three to four hours of two cores.
+    the figures. `small` takes two to three hours of two cores.
 
     Args:
       out: folder of the study.
@@ -87,9 +87,6 @@ def run(plan: "Plan", study: "Study", target: str, corpus: str | None) -> dict[s
     from . import circle_family, circle_laws, circle_measure, circle_report, circle_times
 
     work = prepare(plan, study, target, corpus)
-    timed = study.stage(
-        "times", work.base, lambda: circle_times.calibrate(plan, study, work.target)
-    )
     about_target = study.stage(
         "texts",
         work.base,
@@ -104,6 +101,10 @@ def run(plan: "Plan", study: "Study", target: str, corpus: str | None) -> dict[s
         rows = [row for row in family if row["name"].startswith(f"{shape}-")]
         read |= read_acceptance(work, shape, rows, about_target)
     laws = circle_laws.fit_laws(plan, family, read, about_target["loss"])
+    # Not before the hours of training: a device drifts.
+    timed = study.stage(
+        "times", work.base, lambda: circle_times.calibrate(plan, study, work.target)
+    )
     designed, row = design(work, timed, about_target, family, read, laws)
     drafts = list(family)
     if row not in drafts:

@@ -1,6 +1,6 @@
 """How long do passes and rounds take on this device, and of shapes that were not timed?
 
-Timed before any draft is trained, with random weights: passes of drafts of a few shapes over one
+Timed with random weights: passes of drafts of a few shapes over one
 and two tokens of every sequence, passes of the target, and rounds in the decoder's own loop, of
 every length with the smallest of the drafts and of a few lengths with larger ones. A round's time
 
