@@ -1,8 +1,8 @@
 """How long do passes and rounds take on this device, and of shapes that were not timed?
 
-Timed with random weights: passes of drafts of a few shapes over one
-and two tokens of every sequence, passes of the target, and rounds in the decoder's own loop, of
-every length with the smallest of the drafts and of a few lengths with larger ones. A round's time
+Timed with random weights: passes of drafts of a few shapes over one and two tokens of every
+sequence, passes of the target, and rounds in the decoder's own loop, of every length with the
+smallest of the drafts and of a few lengths with larger ones. A round's time
 
     V(batch, K) + K d(batch, 1) + (d(batch, 2) - d(batch, 1)) + c(batch) N
 
@@ -399,8 +399,8 @@ def _round_timer(
 def reading_length(plan: Plan, length: int) -> int:
     """The draft length of the decoder that reads the prompts for one that drafts `length` tokens.
 
-    Reading does not depend on it, but a program of one length is not that of another, and
-    compiling it takes as long as compiling the loop: one of them serves all.
+    What is read does not depend on it, but a program of one length is not that of another, and
+    takes 0.4 of the time that the loop takes to compile: one of them serves all.
     """
     return max(plan.lengths) if length else 0
 
@@ -491,8 +491,8 @@ def round_error(plan: Plan, timed: Mapping[str, Any], chip: costmodel.Chip) -> E
     """How far rounds are off with a draft of whose shape nothing was timed.
 
     Root mean square of ln(predicted / timed), of the draft between the smallest and the largest,
-    which is left out of all fits. What timing alone puts between the two on the side of the rounds
-    that are predicted is no error of a prediction, and is taken out.
+    which is left out of all fits. That the timed rounds are known no better than their readings
+    allow is no error of the prediction, and is taken out.
     """
     names = list(dict.fromkeys(one["draft"] for one in timed["rounds"]))
     if len(names) < 3:
@@ -514,8 +514,7 @@ def round_error(plan: Plan, timed: Mapping[str, Any], chip: costmodel.Chip) -> E
             times = round_times(known, shapes[middle], one["batch"])
             seconds = costmodel.round_seconds(times, float(one["batch"]), float(one["length"]))
             error = math.log(float(seconds) / one["seconds"])
-            # Folders of earlier versions do not say how well a round is known.
-            squares.append(error**2 - one.get("relative_error", 0.0) ** 2)
+            squares.append(error**2 - one["relative_error"] ** 2)
     return Error(math.sqrt(max(0.0, float(np.mean(squares)))), len(squares))
 
 
