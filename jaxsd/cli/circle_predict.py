@@ -264,7 +264,7 @@ def interval(value: float, errors: Sequence[Error]) -> list[float]:
     about Student's t of (sum s_i^2)^2 / sum(s_i^4 / n_i) degrees (Welch, Biometrika 34, 1947).
 
     >>> [round(x, 3) for x in interval(1.0, [Error(0.03, 4), Error(0.04, 10**6)])]
-    [0.917, 1.09]
+    [0.919, 1.089]
     """
     squares = np.square([error.value for error in errors])
     total = float(squares.sum())
