@@ -33,7 +33,7 @@ def circle(
     Everything is in one folder: times of passes on this device, the trained drafts, the laws, the
     designed draft, what was measured of each, the predictions beside it, and a report with figures.
     It can be killed at any time: the same command goes on where it was. Needs the extra `plot` for
-    the figures. `small` takes two to three hours of two cores.
+    the figures. `small` is meant for two to three hours of two cores.
 
     Args:
       out: folder of the study.
@@ -318,7 +318,7 @@ def _weights(plan: "Plan") -> dict[str, float]:
     """About how long every stage takes, in seconds of two cores; only their ratios matter."""
     weights = {"times": 700.0, "texts": 30.0, "design": 60.0, "loops": 240.0}
     weights |= {f"turns/{number}": 200.0 for number in range(plan.repeats)}
-    weights["turns/0"] += 2700.0  # compiling
+    weights["turns/0"] += 1900.0  # compiling
     if plan.target_config is not None:
         weights["target"] = 30.0 * plan.target_steps
     for member in plan.members:

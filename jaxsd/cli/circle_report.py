@@ -91,9 +91,7 @@ def assemble(
             "num_passes": len(timed["passes"]),
             "held_out": circle_times.held_out_errors(plan, last),
             "in_the_same_turns": timed_again is not None,
-            "timed_twice": None
-            if timed_again is None
-            else timed_twice(plan, timed_again, measured),
+            "timed_twice": timed_twice(plan, timed_again, measured),
             "round_error": calibration.error.value,
             "rounds": _describe_rounds(calibration),
             "rounds_before": _describe_rounds(before),
