@@ -56,13 +56,14 @@ def figures(result: Row) -> list[Figure]:
             "Best draft length, predicted from sizes and measured, by batch; each mark is a "
             "member, moved a little apart.",
             _best_length,
-            (8.2, 3.0),
+            (8.2, 3.5),
         ),
         figure(
             "speedup_by_size",
             "Speed-up of one sequence at its best draft length by the draft's parameters: lines "
-            "as predicted for the most training tokens, marks as measured, the star the designed "
-            "draft; shaded: within 5 % of the best prediction.",
+            "as predicted for the most training tokens, marks as measured (larger for more training "
+            "tokens, open if held out), the star the designed draft; shaded: within 5 % of the best "
+            "prediction.",
             _speedup_by_size,
             (7.0, 4.0),
         ),
@@ -273,9 +274,7 @@ def _speedup_by_size(result: Row, canvas: Any) -> None:
         )
     design = result["design"]
     size = design["row"]["parameters_total"]
-    axes.plot(
-        size, design["best_speedup"], marker="*", color=COLORS[1], markersize=13, linestyle=""
-    )
+    axes.plot(size, design["best_speedup"], marker="*", color="black", markersize=13, linestyle="")
     axes.axhline(1.0, color=COLORS[5], linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_xlabel("parameters of the draft")
