@@ -56,14 +56,14 @@ def figures(result: Row) -> list[Figure]:
             "Best draft length, predicted from sizes and measured, by batch; each mark is a "
             "member, moved a little apart.",
             _best_length,
-            (8.2, 3.5),
+            (8.2, 3.2),
         ),
         figure(
             "speedup_by_size",
             "Speed-up of one sequence at its best draft length by the draft's parameters: lines "
-            "as predicted for the most training tokens, marks as measured (larger for more training "
-            "tokens, open if held out), the star the designed draft; shaded: within 5 % of the best "
-            "prediction.",
+            "as predicted for the most training tokens, marks as measured (larger for more "
+            "training tokens, open if held out), the star the designed draft; shaded: within 5 % "
+            "of the best prediction.",
             _speedup_by_size,
             (7.0, 4.0),
         ),
@@ -240,6 +240,8 @@ def _best_length(result: Row, canvas: Any) -> None:
         panel.set_xlabel("predicted best K")
         panel.set_xticks(lengths)
         panel.set_yticks(lengths)
+        panel.set_xlim(min(lengths) - 0.5, max(lengths) + 0.5)
+        panel.set_ylim(min(lengths) - 0.5, max(lengths) + 0.5)
         panel.set_aspect("equal")
     panels[0].set_ylabel("measured best K")
     for color, label in ((COLORS[0], "fitted"), (COLORS[1], "held out")):
