@@ -15,8 +15,10 @@ from jaxsd.cli import (
     circle,
     circle_design,
     circle_family,
+    circle_figures,
     circle_laws,
     circle_measure,
+    circle_page,
     circle_plan,
     circle_predict,
     circle_report,
@@ -177,10 +179,27 @@ def test_the_targets_side_of_rounds_is_recovered(texts):
     assert len(names) == 3
     assert circle_times.fit_rounds(timed, 1).parameter == 0
     assert circle_times.fit_times(plan, timed).error.value > 0.5
-    for one in timed["rounds"]:
-        one["seconds"] /= 1e3
-    with pytest.raises(ValueError, match="longer than whole rounds with it: the device was not"):
-        circle_times.fit_rounds(timed, 1)
+    assert circle_times.fit_rounds(timed, 1).bounded == ()
+
+
+def test_to_verify_drafted_tokens_takes_no_less_than_to_decode_one(texts):
+    """Where noise made a draft's passes longer than the round that they are a part of."""
+    timed = planted_times(PLAN, None, checkpoint.load_model(texts / "large"))
+    rounds = {one["length"]: one for one in timed["rounds"] if one["draft"] == "w16-l1"}
+    rounds[2]["seconds"] /= 1e3
+    found = circle_times.fit_rounds(timed, 1)
+    assert found.bounded == (2,)
+    plain, first, second, third = np.asarray(found.target_side.seconds)
+    assert plain == second == rounds[0]["seconds"] < first < third
+    for length in (1, 3):
+        rounds[length]["seconds"] /= 1e3
+    calibration = circle_times.fit_times(PLAN, timed)
+    assert calibration.rounds[1].bounded == (1, 2, 3)
+    assert calibration.error.value > 0.1
+    config = circle_plan.config_of(PLAN, VOCAB, 32, 1)
+    predicted = circle_predict.predict_rounds(PLAN, calibration, config)[1]
+    assert (predicted["seconds"] > predicted["plain"]).all()
+    assert min(predicted[part].min() for part in circle_predict.PARTS) >= 0
 
 
 def test_tokens_and_seconds_of_turns_are_pooled():
@@ -633,6 +652,15 @@ def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, mo
         assert picture.stat().st_size > 5000
     assert result["command"].startswith("jaxsd circle --out DIR --device-budget smoke --target")
     assert "nan" not in page.lower().replace("finance", "")
+
+    assert "The device was not quiet" not in page
+    rounds = {
+        batch: {**one, "bounded_lengths": [2]}
+        for batch, one in result["calibration"]["rounds"].items()
+    }
+    noisy = {**result, "calibration": {**result["calibration"], "rounds": rounds}}
+    page = circle_page.to_markdown(noisy, circle_figures.figures(noisy))
+    assert "\n1 of these 6 times of rounds that draft are those of plain rounds: " in page
 
     # Where a process cannot hold all programs, groups of drafts are measured one after the other.
     monkeypatch.setattr(circle_measure, "loop_capacity", lambda: 10.0)

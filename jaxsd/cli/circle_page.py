@@ -132,6 +132,15 @@ def _calibration_lines(result: Row) -> list[str]:
         for kind, when in tables
         for batch, one in found[kind].items()
     ]
+    bounded = sum(len(one["bounded_lengths"]) for kind, _ in tables for one in found[kind].values())
+    notes = []
+    if bounded:
+        notes = [
+            "",
+            f"{bounded} of these {len(rows) * len(lengths)} times of rounds that draft are those "
+            "of plain rounds: less the passes of the draft, timed apart, they were shorter. The "
+            "device was not quiet.",
+        ]
     return [
         f"{found['num_passes']} kinds of passes, and rounds of every draft length, were timed with "
         f"random weights. Memory moves {found['bytes_per_second'] / 1e9:.1f} GB/s, products reach "
@@ -150,6 +159,7 @@ def _calibration_lines(result: Row) -> list[str]:
         *_table(
             ["batch", "plain", *(f"K = {length}" for length in lengths), "per parameter"], rows
         ),
+        *notes,
     ]
 
 

@@ -97,7 +97,8 @@ def predict_rounds(
             "target": np.minimum(alone, side),
             "own": side - np.minimum(alone, side),
             "draft": draft,
-            "switch": seconds - draft - side,
+            # A difference of sums in 32 bits, where it takes nothing.
+            "switch": np.maximum(seconds - draft - side, 0.0),
             # What a round would take if it were its passes, as they were timed apart.
             "plain_of_passes": circle_times.table_seconds(
                 calibration.target, batch, 1, plan.context

@@ -76,6 +76,7 @@ class BatchTimes(NamedTuple):
 
     target_side: costmodel.TokenTimes  # by tokens that are verified, all sequences together
     parameter: float  # seconds of every parameter of the draft in a round that drafts
+    bounded: tuple[int, ...] = ()  # draft lengths at which noise left less than a plain round
 
 
 def make_model(config: models.Config, params: Any, name: str = "") -> Model:
@@ -442,14 +443,13 @@ def fit_rounds(timed: Mapping[str, Any], batch: int, without: str = "") -> Batch
 
     Rounds of every length were timed with one draft, the first named. What those with another take
     more, beyond what its passes take more, is what its parameters cost; never less than nothing.
+    To verify drafted tokens takes no less than to decode one: where passes and rounds, which are
+    timed apart, say otherwise, the plain round's time stands for it.
 
     Args:
       timed: from `calibrate`.
       batch: which.
       without: name of a draft whose rounds are left out.
-
-    Raises:
-      ValueError: the draft's passes took longer than the rounds that they are a part of.
     """
     rounds = [one for one in timed["rounds"] if one["batch"] == batch and one["draft"] != without]
     first = rounds[0]["draft"]
@@ -468,22 +468,16 @@ def fit_rounds(timed: Mapping[str, Any], batch: int, without: str = "") -> Batch
     ).reshape(-1, 2)
     squares = float(np.square(more[:, 0]).sum())
     parameter = max(float(np.prod(more, axis=1).sum()) / squares, 0.0) if squares else 0.0
-    seconds = {
-        length: value - (parameter * sizes[first] if length else 0.0)
-        for (length, draft), value in sorted(left.items())
-        if draft == first
-    }
-    if min(seconds.values()) <= 0:
-        raise ValueError(
-            f"of batch {batch}, passes of the draft {first} took longer than whole rounds with it: "
-            "the device was not quiet; delete times.json in the study's folder to time it again"
-        )
+    lengths = sorted(length for length, draft in left if draft == first)
+    plain = left[0, first]
+    seconds = [left[k, first] - (parameter * sizes[first] if k else 0.0) for k in lengths]
     return BatchTimes(
         costmodel.TokenTimes(
-            np.array([float(batch * (length + 1)) for length in seconds]),
-            np.array(list(seconds.values())),
+            np.array([float(batch * (length + 1)) for length in lengths]),
+            np.maximum(seconds, plain),
         ),
         parameter,
+        tuple(k for k, value in zip(lengths, seconds, strict=True) if value < plain),
     )
 
 
