@@ -74,8 +74,7 @@ def predict_rounds(
     for batch in plan.batches:
         times = circle_times.round_times(calibration, shape, batch)
         lengths = np.array(plan.lengths, np.float64)
-        size = np.full(len(lengths), float(batch))
-        seconds = np.asarray(costmodel.round_seconds(times, size, lengths))
+        seconds = circle_times.round_seconds(times, batch, lengths)
         side = np.array(
             [circle_times.table_seconds(times.target_pass, batch, k + 1, 0.0) for k in plan.lengths]
         )
@@ -91,7 +90,7 @@ def predict_rounds(
         )
         draft = lengths * one
         found[batch] = {
-            "plain": float(costmodel.round_seconds(times, float(batch), 0.0)),
+            "plain": float(circle_times.round_seconds(times, batch, 0.0)),
             "seconds": seconds,
             # Timed apart, and by noise sometimes longer than the round that it is a part of.
             "target": np.minimum(alone, side),

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 import jaxsd
 from jaxsd import costmodel, models
@@ -41,6 +41,10 @@ COMPILERS = 2  # programs that are compiled at a time
 DRAFT_ROWS = (1, 2)  # tokens of each row that a draft reads in a pass: of most, of the first
 FREE_FIELDS = ("memory_efficiency", "layer_seconds", "fixed_seconds")
 _NO_OVERHEADS = costmodel.Stack(0.8, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+# Outside a jit each of these is some hundred small computations, and a report asks thousands.
+_FORMULA = jax.jit(costmodel.pass_seconds)
+_TABLE = jax.jit(costmodel.TokenTimes.pass_seconds)
+_ROUND = jax.jit(costmodel.round_seconds)
 
 
 class Model(NamedTuple):
@@ -278,7 +282,12 @@ def draft_seconds(calibration: Calibration, shape: costmodel.Shape, batch: int, 
 
 def table_seconds(table: costmodel.TokenTimes, batch: int, rows: int, context: float) -> float:
     """A pass of the table's model."""
-    return float(table.pass_seconds(jnp.float32(batch), jnp.float32(rows), jnp.float32(context)))
+    return float(_TABLE(*_float32((table, batch, rows, context))))
+
+
+def round_seconds(times: costmodel.TokenRoundTimes, batch: int, lengths: ArrayLike) -> np.ndarray:
+    """Rounds of a batch by draft length."""
+    return np.asarray(_ROUND(*_float32((times, np.full(np.shape(lengths), batch), lengths))))
 
 
 def held_out_errors(plan: Plan, timed: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,10 +352,13 @@ def _formula(
     context: float,
 ) -> float:
     """Seconds of a pass of a shape."""
-    seconds = costmodel.pass_seconds(
-        shape, chip, batch, rows, context, formats=FORMATS, stack=stack
-    )
-    return float(seconds)
+    where = _float32((shape, chip, batch, rows, context))
+    return float(_FORMULA(*where, formats=_float32(FORMATS), stack=_float32(stack)))
+
+
+def _float32(tree: Any) -> Any:
+    """Numbers of one type: another would compile anew."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
 
 
 def _timed_pass(one: dict[str, Any]) -> costmodel.TimedPass:
@@ -506,7 +518,7 @@ def round_error(plan: Plan, timed: Mapping[str, Any], chip: costmodel.Chip) -> E
     for one in timed["rounds"]:
         if one["draft"] == middle:
             times = round_times(known, shapes[middle], one["batch"])
-            seconds = costmodel.round_seconds(times, float(one["batch"]), float(one["length"]))
+            seconds = round_seconds(times, one["batch"], one["length"])
             error = math.log(float(seconds) / one["seconds"])
             squares.append(error**2 - one["relative_error"] ** 2)
     return Error(math.sqrt(max(0.0, float(np.mean(squares)))), len(squares))
