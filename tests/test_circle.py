@@ -179,22 +179,21 @@ def test_the_targets_side_of_rounds_is_recovered(texts):
     assert len(names) == 3
     assert circle_times.fit_rounds(timed, 1).parameter == 0
     assert circle_times.fit_times(plan, timed).error.value > 0.5
-    assert circle_times.fit_rounds(timed, 1).bounded == ()
+    assert circle_times.fit_rounds(timed, 1).replaced == ()
 
 
-def test_to_verify_drafted_tokens_takes_no_less_than_to_decode_one(texts):
-    """Where noise made a draft's passes longer than the round that they are a part of."""
+def test_passes_that_noise_made_longer_than_their_round_end_no_study(texts):
     timed = planted_times(PLAN, None, checkpoint.load_model(texts / "large"))
     rounds = {one["length"]: one for one in timed["rounds"] if one["draft"] == "w16-l1"}
     rounds[2]["seconds"] /= 1e3
     found = circle_times.fit_rounds(timed, 1)
-    assert found.bounded == (2,)
+    assert found.replaced == (2,)
     plain, first, second, third = np.asarray(found.target_side.seconds)
     assert plain == second == rounds[0]["seconds"] < first < third
     for length in (1, 3):
         rounds[length]["seconds"] /= 1e3
     calibration = circle_times.fit_times(PLAN, timed)
-    assert calibration.rounds[1].bounded == (1, 2, 3)
+    assert calibration.rounds[1].replaced == (1, 2, 3)
     assert calibration.error.value > 0.1
     config = circle_plan.config_of(PLAN, VOCAB, 32, 1)
     predicted = circle_predict.predict_rounds(PLAN, calibration, config)[1]
@@ -657,7 +656,7 @@ def test_a_study_that_is_killed_goes_on_and_reports_the_same(texts, tmp_path, mo
 
     assert "The device was not quiet" not in page
     rounds = {
-        batch: {**one, "bounded_lengths": [2]}
+        batch: {**one, "replaced_lengths": [2]}
         for batch, one in result["calibration"]["rounds"].items()
     }
     noisy = {**result, "calibration": {**result["calibration"], "rounds": rounds}}

@@ -132,14 +132,16 @@ def _calibration_lines(result: Row) -> list[str]:
         for kind, when in tables
         for batch, one in found[kind].items()
     ]
-    bounded = sum(len(one["bounded_lengths"]) for kind, _ in tables for one in found[kind].values())
+    replaced = sum(
+        len(one["replaced_lengths"]) for kind, _ in tables for one in found[kind].values()
+    )
     notes = []
-    if bounded:
+    if replaced:
         notes = [
             "",
-            f"{bounded} of these {len(rows) * len(lengths)} times of rounds that draft are those "
-            "of plain rounds: less the passes of the draft, timed apart, they were shorter. The "
-            "device was not quiet.",
+            f"{replaced} of these {len(rows) * len(lengths)} times of rounds that draft are those "
+            "of plain rounds: the passes of the draft, timed apart, took longer than the whole "
+            "round. The device was not quiet.",
         ]
     return [
         f"{found['num_passes']} kinds of passes, and rounds of every draft length, were timed with "

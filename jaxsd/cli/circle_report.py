@@ -164,7 +164,7 @@ def _describe_rounds(calibration: circle_times.Calibration) -> dict[str, Any]:
         str(batch): {
             "target_side": np.asarray(one.target_side.seconds).tolist(),
             "parameter": one.parameter,
-            "bounded_lengths": list(one.bounded),
+            "replaced_lengths": list(one.replaced),
         }
         for batch, one in calibration.rounds.items()
     }

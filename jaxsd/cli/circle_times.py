@@ -80,7 +80,7 @@ class BatchTimes(NamedTuple):
 
     target_side: costmodel.TokenTimes  # by tokens that are verified, all sequences together
     parameter: float  # seconds of every parameter of the draft in a round that drafts
-    bounded: tuple[int, ...] = ()  # draft lengths at which noise left less than a plain round
+    replaced: tuple[int, ...] = ()  # draft lengths of which noise left no time, the plain round's
 
 
 def make_model(config: models.Config, params: Any, name: str = "") -> Model:
@@ -455,8 +455,8 @@ def fit_rounds(timed: Mapping[str, Any], batch: int, without: str = "") -> Batch
 
     Rounds of every length were timed with one draft, the first named. What those with another take
     more, beyond what its passes take more, is what its parameters cost; never less than nothing.
-    To verify drafted tokens takes no less than to decode one: where passes and rounds, which are
-    timed apart, say otherwise, the plain round's time stands for it.
+    Passes and rounds are timed apart. Where the passes of the draft took as long as the rounds that
+    they are a part of, which is noise, the plain round's time stands for what is left.
 
     Args:
       timed: from `calibrate`.
@@ -483,13 +483,14 @@ def fit_rounds(timed: Mapping[str, Any], batch: int, without: str = "") -> Batch
     lengths = sorted(length for length, draft in left if draft == first)
     plain = left[0, first]
     seconds = [left[k, first] - (parameter * sizes[first] if k else 0.0) for k in lengths]
+    replaced = tuple(k for k, value in zip(lengths, seconds, strict=True) if value <= 0)
     return BatchTimes(
         costmodel.TokenTimes(
             np.array([float(batch * (length + 1)) for length in lengths]),
-            np.maximum(seconds, plain),
+            np.array([value if value > 0 else plain for value in seconds]),
         ),
         parameter,
-        tuple(k for k, value in zip(lengths, seconds, strict=True) if value < plain),
+        replaced,
     )
 
 
